@@ -1,0 +1,54 @@
+"""xLSTM for Hugging Face Transformers. Importing this package registers it with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .cache_xlstm import XLSTMCache
+from .configuration_xlstm import XLSTMConfig
+from .conversion_xlstm import convert_from, convert_to
+from .modeling_xlstm import (
+    XLSTMForCausalLM,
+    XLSTMForSequenceClassification,
+    XLSTMForTokenClassification,
+    XLSTMModel,
+    XLSTMPreTrainedModel,
+)
+from .ops_mlstm import mlstm
+from .ops_slstm import slstm
+from .states_xlstm import LayerState, MLSTMState, SLSTMState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LayerState",
+    "MLSTMState",
+    "SLSTMState",
+    "XLSTMCache",
+    "XLSTMConfig",
+    "XLSTMForCausalLM",
+    "XLSTMForSequenceClassification",
+    "XLSTMForTokenClassification",
+    "XLSTMModel",
+    "XLSTMPreTrainedModel",
+    "convert_from",
+    "convert_to",
+    "mlstm",
+    "slstm",
+]
+
+AutoConfig.register("extended_lstm", XLSTMConfig, exist_ok=True)
+XLSTMConfig.register_for_auto_class()
+for auto_class, model_class in (
+    (AutoModel, XLSTMModel),
+    (AutoModelForCausalLM, XLSTMForCausalLM),
+    (AutoModelForSequenceClassification, XLSTMForSequenceClassification),
+    (AutoModelForTokenClassification, XLSTMForTokenClassification),
+):
+    auto_class.register(XLSTMConfig, model_class, exist_ok=True)
+    # Makes save_pretrained write the code, and an `auto_map`, beside the weights.
+    model_class.register_for_auto_class(auto_class.__name__)

@@ -1,0 +1,140 @@
+"""The states between calls: one `XLSTMCacheLayer` per block, of fixed size whatever the number of tokens.
+
+This is the only module that writes in place, and what it replaces is the reference to a state, never a tensor's
+values: a state handed out, or taken from a forward pass with gradients, stays what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+from .configuration_xlstm import XLSTMConfig
+from .states_xlstm import LayerState, MLSTMState, SLSTMState
+
+
+class XLSTMCacheLayer(LinearAttentionLayer):
+    """The state of one block: cell tensors as `recurrent_states` 0, 1, ..., the conv window as `conv_states[0]`."""
+
+    # A compiled decode step would need static addresses; states are replaced here.
+    is_compileable = False
+
+    def __init__(self, block_type: str):
+        self.cell_type: type[MLSTMState | SLSTMState] = MLSTMState if block_type == "mlstm" else SLSTMState
+        super().__init__(number_of_states=len(self.cell_type._fields))
+
+    @property
+    def state(self) -> LayerState | None:
+        """The state to start the next call with; None before the first token."""
+        if self.recurrent_states[0] is None:
+            return None
+        self.prefetch()
+        cell: Any = self.recurrent_states.values()
+        return LayerState(self.cell_type(*cell), self.conv_states[0])
+
+    def store_(self, state: LayerState | None) -> None:
+        """Replace the state; None forgets it."""
+        cell = dict.fromkeys(self.recurrent_states) if state is None else dict(enumerate(state.cell))
+        self.recurrent_states.update(cell)
+        self.conv_states[0] = None if state is None else state.conv
+        for i, tensor in self.recurrent_states.items():
+            self.is_recurrent_states_initialized[i] = self.has_previous_state[i] = tensor is not None
+        self.is_conv_states_initialized[0] = self.conv_states[0] is not None
+        if state is not None:
+            self.device = state.cell.m.device  # type: ignore[assignment]
+            self.dtype = state.cell.m.dtype  # type: ignore[assignment]
+
+    def apply_(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by function(tensor)."""
+        state = self.state
+        if state is not None:
+            conv = None if state.conv is None else function(state.conv)
+            self.store_(LayerState(self.cell_type(*(function(x) for x in state.cell)), conv))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.store_(None)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, in that order; a row may be taken several times."""
+        self.apply_(lambda x: x.index_select(0, indices.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times: 0, 0, ..., 1, 1, ..."""
+        self.apply_(lambda x: x.repeat_interleave(repeats, 0))
+
+
+class XLSTMCache(Cache):
+    """Recurrent states of all blocks, in the manner of `transformers.Cache`.
+
+    Its size does not depend on the number of tokens seen. States keep the dtype the model computed them in, float32 or
+    wider for C, n, m, c, h. A row of padding only leaves its states as they were.
+
+    Args:
+        config: configuration of the model whose states it will hold.
+    """
+
+    layers: list[XLSTMCacheLayer]  # type: ignore[assignment]
+
+    def __init__(self, config: XLSTMConfig):
+        super().__init__(layers=[XLSTMCacheLayer(block_type) for block_type in config.block_types or []])
+        self.tokens_seen = 0
+
+    @property
+    def states(self) -> list[LayerState | None]:
+        """One state per block; None before the first token."""
+        return [layer.state for layer in self.layers]
+
+    def store_(self, states: Sequence[LayerState], tokens: int) -> None:
+        """Replace all states at once, `tokens` columns (padding included) further on."""
+        for layer, state in zip(self.layers, states, strict=True):
+            layer.store_(state)
+        self.tokens_seen += tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of input seen so far, padding included: the length of the attention mask up to now."""
+        return self.tokens_seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of a mask over past and present columns."""
+        return self.tokens_seen + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held, or -1 before the first token."""
+        state = self.layers[0].state
+        return -1 if state is None else state.cell.m.shape[0]
+
+    def apply_(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by function(tensor)."""
+        for layer in self.layers:
+            layer.apply_(function)
+
+    def to(self, device: torch.device | str) -> XLSTMCache:
+        """Move every state to a device; returns itself."""
+        self.apply_(lambda x: x.to(device))
+        return self
+
+    def detach_(self) -> XLSTMCache:
+        """Cut the states off the graph that made them (truncated back-propagation); returns itself."""
+        self.apply_(Tensor.detach)
+        return self
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for layer in self.layers:
+            layer.reset()
+        self.tokens_seen = 0
+
+    def size_in_bytes(self) -> int:
+        """Memory the states take; the same after one token and after a million."""
+        tensors = [x for s in self.states if s is not None for x in (*s.cell, s.conv) if x is not None]
+        return sum(x.numel() * x.element_size() for x in tensors)

@@ -1,0 +1,505 @@
+"""Official checkpoints to ours and back: tables of configuration fields and tensor names, and the two doors.
+
+Families: "neurips" (`xlstm` package, xLSTMLMModel), "large" (`xlstm` package, xLSTMLarge) and "transformers" (its
+built-in xLSTMForCausalLM, the format of NX-AI/xLSTM-7b). Every source key is used and every target key filled, or the
+conversion raises. Tensors are only cut, joined and reordered: the way back gives the same bits, and gradients pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .configuration_xlstm import XLSTMConfig
+
+Shape = tuple[int, ...]
+Weights = Mapping[str, Tensor]
+Reader = Callable[[Mapping[str, Any]], XLSTMConfig]
+Writer = Callable[[XLSTMConfig, str], dict[str, Any]]
+
+
+class Section(NamedTuple):
+    """One dictionary of an official configuration.
+
+    Attributes:
+        fields: official name -> our field.
+        defaults: the package's, where it has another one than our style; `REQUIRED` where it has none.
+        fixed: official name -> the only value our models can express.
+        ignored: what changes no output (speed, precision, training, derived numbers), and what is read by hand.
+        written: what `convert_to` adds, so that the package's model runs on any machine and for any length.
+    """
+
+    fields: Mapping[str, str]
+    defaults: Mapping[str, Any] = {}
+    fixed: Mapping[str, Any] = {}
+    ignored: frozenset[str] = frozenset()
+    written: Mapping[str, Any] = {}
+
+
+REQUIRED = object()
+# fmt: off
+ROUNDINGS = {True: "ceil", False: "floor"}
+# Official value -> ours, for the fields that do not share their values.
+VALUES: Mapping[str, Mapping[Any, str]] = {
+    "proj_rounding": ROUNDINGS, "ffn_rounding": ROUNDINGS,
+    "hidden_act": {
+        "gelu": "gelu", "relu": "relu", "relu^2": "relu2", "selu": "selu", "sigmoid": "sigmoid", "swish": "silu",
+    },
+}
+NEURIPS = Section(
+    {
+        "vocab_size": "vocab_size", "embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers",
+        "add_post_blocks_norm": "add_out_norm", "tie_weights": "tie_word_embeddings", "bias": "use_bias",
+        "dropout": "dropout",
+    },
+    defaults={"vocab_size": REQUIRED, "embedding_dim": 128, "num_blocks": 1},
+    ignored=frozenset({
+        "add_embedding_dropout", "context_length", "mlstm_block", "slstm_at", "slstm_block",
+        "weight_decay_on_embedding", "_block_map",
+    }),
+    # The full forward refuses more tokens than this; no tensor depends on it.
+    written={"context_length": 2048},
+)
+NEURIPS_BLOCK = Section({}, ignored=frozenset({"mlstm", "slstm", "feedforward", "_num_blocks", "_block_idx"}))
+NEURIPS_MLSTM = Section(
+    {
+        "num_heads": "num_heads", "conv1d_kernel_size": "conv_kernel_size", "qkv_proj_blocksize": "qkv_proj_blocksize",
+        "proj_factor": "proj_factor", "round_proj_up_dim_up": "proj_rounding",
+        "round_proj_up_to_multiple_of": "proj_round_up_to_multiple_of",
+    },
+    defaults={"num_heads": 4},
+    # The block stack overwrites all of these with its own.
+    ignored=frozenset({
+        "bias", "context_length", "dropout", "embedding_dim", "_inner_embedding_dim", "_num_blocks", "_proj_up_dim",
+    }),
+)
+NEURIPS_SLSTM = Section(
+    {
+        "num_heads": "slstm_num_heads", "conv1d_kernel_size": "slstm_conv_kernel_size", "bias_init": "slstm_bias_init",
+        "group_norm_weight": "slstm_norm_weight", "recurrent_weight_init": "recurrent_weight_init",
+    },
+    defaults={"num_heads": 4},
+    fixed={
+        "function": "slstm", "num_gates": 4, "num_states": 4, "forward_clipval": None, "gradient_recurrent_cut": False,
+        "gradient_recurrent_clipval": None, "initial_val": 0.0,
+    },
+    ignored=frozenset({
+        "backend", "batch_size", "constants", "dropout", "dtype", "dtype_a", "dtype_b", "dtype_g", "dtype_r", "dtype_s",
+        "dtype_w", "embedding_dim", "enable_automatic_mixed_precision", "hidden_size", "input_shape",
+        "internal_input_shape", "output_shape", "_block_idx", "_num_blocks",
+    }),
+    written={"backend": "vanilla"},
+)
+NEURIPS_FFN = Section(
+    {
+        "proj_factor": "ffn_proj_factor", "act_fn": "hidden_act", "bias": "ffn_bias", "dropout": "ffn_dropout",
+        "round_proj_up_dim_up": "ffn_rounding", "round_proj_up_to_multiple_of": "ffn_round_up_to_multiple_of",
+    },
+    fixed={"ff_type": "ffn_gated"},
+    ignored=frozenset({"embedding_dim", "_num_blocks", "_proj_up_dim"}),
+)
+LARGE = Section(
+    {
+        "vocab_size": "vocab_size", "embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers",
+        "num_heads": "num_heads", "use_bias": "use_bias", "norm_eps": "norm_eps", "add_out_norm": "add_out_norm",
+        "qk_dim_factor": "qk_dim_factor", "v_dim_factor": "v_dim_factor", "chunk_size": "chunk_size",
+        "eps": "normalizer_eps", "ffn_proj_factor": "ffn_proj_factor", "gate_soft_cap": "gate_soft_cap",
+        "ffn_round_up_to_multiple_of": "ffn_round_up_to_multiple_of", "output_logit_soft_cap": "output_logit_soft_cap",
+    },
+    defaults=dict.fromkeys(("vocab_size", "embedding_dim", "num_blocks", "num_heads"), REQUIRED),
+    ignored=frozenset({
+        "autocast_kernel_dtype", "chunkwise_kernel", "inference_state_dtype", "mode", "norm_reduction_force_float32",
+        "return_last_states", "sequence_kernel", "step_kernel", "weight_mode",
+    }),
+    # The package's defaults need a GPU, and fail on every forward there.
+    written={
+        "mode": "inference", "return_last_states": True, "chunkwise_kernel": "chunkwise--native_autograd",
+        "sequence_kernel": "native_sequence__native", "step_kernel": "native",
+    },
+)
+TRANSFORMERS = LARGE._replace(
+    fields={**LARGE.fields, **{x: x for x in ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")}},
+    defaults={
+        "vocab_size": 50304, "embedding_dim": 4096, "num_blocks": 32, "num_heads": 8, "ffn_proj_factor": 2.667,
+        "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+    },
+    fixed={"model_type": "xlstm"},
+    written={"model_type": "xlstm", "architectures": ["xLSTMForCausalLM"]},
+)
+TRANSFORMERS_ALIASES = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
+# Fields of ours that a family has one value for.
+NEURIPS_NEEDS = {
+    "block_style": "neurips", "norm_eps": 1e-5, "normalizer_eps": 1e-6, "input_gate": "exp", "gate_soft_cap": None,
+    "output_logit_soft_cap": None,
+}
+LARGE_NEEDS = {
+    "block_style": "large", "hidden_act": "silu", "ffn_rounding": "large", "input_gate": "exp", "dropout": 0.0,
+    "ffn_dropout": 0.0, "embedding_dropout": 0.0, "tie_word_embeddings": False,
+}
+# Embedding, blocks and last norm.
+MODULES = {
+    "neurips": ("token_embedding", "xlstm_block_stack.blocks", "xlstm_block_stack.post_blocks_norm"),
+    "large": ("embedding", "backbone.blocks", "backbone.out_norm"),
+    "transformers": ("backbone.embeddings", "backbone.blocks", "backbone.out_norm"),
+}
+HEAD, LAST_BIAS = "lm_head.weight", "backbone.out_norm.bias"
+# What "fused" stores in one tensor and "single" in several: fused name -> single name -> our name.
+LARGE_FUSED = {
+    "mlstm_layer.qkv_opreact": {
+        "mlstm_layer.q": "mixer.q_proj", "mlstm_layer.k": "mixer.k_proj", "mlstm_layer.v": "mixer.v_proj",
+        "mlstm_layer.ogate_preact": "mixer.ogate",
+    },
+    "mlstm_layer.ifgate_preact": {"mlstm_layer.igate_preact": "mixer.igate", "mlstm_layer.fgate_preact": "mixer.fgate"},
+    "ffn.proj_up_gate_z": {"ffn.proj_up_gate": "ffn.gate_proj", "ffn.proj_up": "ffn.up_proj"},
+}
+# fmt: on
+
+
+def _read(section: Section, given: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Our fields from one dictionary of an official configuration; `path` precedes its names in messages."""
+    known = {*section.fields, *section.fixed, *section.ignored}
+    if unknown := sorted(set(given) - known):
+        raise ValueError(f"`{path}{unknown[0]}` must be one of {sorted(known)}. Correct the name, or leave it out.")
+    for name, wanted in section.fixed.items():
+        if given.get(name, wanted) != wanted:
+            raise ValueError(f"`{path}{name}` must be {wanted!r}; got {given[name]!r}. XLSTMConfig has no such model.")
+    fields = {}
+    for theirs, value in {**section.defaults, **given}.items():
+        if value is REQUIRED:
+            raise ValueError(f"`{path}{theirs}` must be given, for the package has no default; got {sorted(given)}.")
+        if ours := section.fields.get(theirs):
+            if ours in VALUES and value not in VALUES[ours]:
+                raise ValueError(f"`{path}{theirs}` must be one of {list(VALUES[ours])}; got {value!r}.")
+            fields[ours] = VALUES[ours][value] if ours in VALUES else value
+    return fields
+
+
+def _write(section: Section, config: XLSTMConfig) -> dict[str, Any]:
+    """The inverse of `_read`."""
+    written = dict(section.written)
+    for theirs, ours in section.fields.items():
+        value = getattr(config, ours)
+        official = {mine: name for name, mine in VALUES.get(ours, {}).items()}
+        if official and value not in official:
+            raise ValueError(f"`{ours}` must be one of {list(official)} in an official model; got {value!r}.")
+        written[theirs] = official[value] if official else value
+    return written
+
+
+def _refuse(family: str, config: XLSTMConfig, needs: Mapping[str, Any]) -> None:
+    """Raise for the first field of another value than the family needs."""
+    for name, wanted in needs.items():
+        if getattr(config, name) != wanted:
+            raise ValueError(
+                f"`{name}` must be {wanted!r} to convert to {family!r}; got {getattr(config, name)!r}. "
+                "That family has no such model: keep this one in its own format."
+            )
+
+
+def _read_neurips(given: Mapping[str, Any]) -> XLSTMConfig:
+    fields = _read(NEURIPS, given)
+    mlstm_block, slstm_block = given.get("mlstm_block"), given.get("slstm_block")
+    slstm_at: Any = "all" if mlstm_block is None else given.get("slstm_at", [])
+    types = XLSTMConfig(num_hidden_layers=fields["num_hidden_layers"], slstm_at=slstm_at).block_types or []
+    block_map = ",".join("1" if kind == "slstm" else "0" for kind in types)
+    if given.get("_block_map") not in (None, block_map):
+        raise ValueError(
+            f"`_block_map` must be {block_map!r}, as `num_blocks`, `slstm_at` and `mlstm_block` say; got "
+            f"{given['_block_map']!r}. Leave it out: the package computes it."
+        )
+    if "slstm" in types:
+        if slstm_block is None:
+            raise ValueError(f"`slstm_block` must describe the sLSTM blocks of {block_map!r}; got None.")
+        _read(NEURIPS_BLOCK, slstm_block, "slstm_block.")
+        fields |= _read(NEURIPS_SLSTM, slstm_block.get("slstm", {}), "slstm_block.slstm.")
+        ffn = slstm_block.get("feedforward", {})
+        fields |= {"ffn_proj_factor": 0.0} if ffn is None else _read(NEURIPS_FFN, ffn, "slstm_block.feedforward.")
+        fields["num_heads"] = fields["slstm_num_heads"]
+    if mlstm_block is not None and "mlstm" in types:
+        _read(NEURIPS_BLOCK, mlstm_block, "mlstm_block.")
+        fields |= _read(NEURIPS_MLSTM, mlstm_block.get("mlstm", {}), "mlstm_block.mlstm.")
+    if given.get("add_embedding_dropout", False):
+        fields["embedding_dropout"] = fields.get("dropout", 0.0)
+    return XLSTMConfig(block_style="neurips", block_types=types, **fields)
+
+
+def _write_neurips(config: XLSTMConfig, weight_mode: str) -> dict[str, Any]:
+    embedding_dropout = config.dropout if config.embedding_dropout else 0.0
+    _refuse("neurips", config, {**NEURIPS_NEEDS, "embedding_dropout": embedding_dropout})
+    types = config.block_types or []
+    written = _write(NEURIPS, config) | {"add_embedding_dropout": config.embedding_dropout > 0}
+    written["slstm_at"] = [i for i, kind in enumerate(types) if kind == "slstm"]
+    written["mlstm_block"] = {"mlstm": _write(NEURIPS_MLSTM, config)} if "mlstm" in types else None
+    written["slstm_block"] = None
+    if "slstm" in types:
+        ffn = _write(NEURIPS_FFN, config) if config.ffn_size else None
+        written["slstm_block"] = {"slstm": _write(NEURIPS_SLSTM, config), "feedforward": ffn}
+    return written
+
+
+def _read_large(given: Mapping[str, Any], section: Section = LARGE) -> XLSTMConfig:
+    fields = _read(section, given)
+    if "siging" in str(given.get("chunkwise_kernel")):
+        raise ValueError(
+            f"`chunkwise_kernel` must have an exponential input gate; got {given['chunkwise_kernel']!r}, which has none for "
+            "several tokens and one for a single token. Name another, and set `input_gate` of the result by hand."
+        )
+    bias = fields.get("use_bias", False)
+    return XLSTMConfig(block_style="large", norm_bias=bias, ffn_bias=bias, **fields)
+
+
+def _read_transformers(given: Mapping[str, Any]) -> XLSTMConfig:
+    # Its class takes any name, published configurations hold a dozen of no use, and its model always has the last norm.
+    known = {*TRANSFORMERS.fields, *TRANSFORMERS.fixed, *TRANSFORMERS.ignored}
+    large = {name: value for name, value in given.items() if name in known} | {"add_out_norm": True}
+    for name, alias in TRANSFORMERS_ALIASES.items():
+        values = [given[key] for key in (name, alias) if given.get(key) is not None]
+        if values[1:] not in ([], values[:1]):
+            raise ValueError(f"`{alias}` and `{name}` must be one number; got {given[alias]} and {given[name]}.")
+        large[name] = values[0] if values else TRANSFORMERS.defaults[name]
+    return _read_large(large, TRANSFORMERS)
+
+
+def _write_large(config: XLSTMConfig, weight_mode: str, family: str = "large") -> dict[str, Any]:
+    same = {"norm_bias": config.use_bias, "ffn_bias": config.use_bias, "ffn_size": config.ffn_size or "above 0"}
+    _refuse(family, config, {**LARGE_NEEDS, **same, "block_types": ["mlstm"] * config.num_hidden_layers})
+    return {**_write(LARGE if family == "large" else TRANSFORMERS, config), "weight_mode": weight_mode}
+
+
+def _write_transformers(config: XLSTMConfig, weight_mode: str) -> dict[str, Any]:
+    caps = {name: getattr(config, name) or "a number" for name in ("gate_soft_cap", "output_logit_soft_cap")}
+    _refuse("transformers", config, {"add_out_norm": True, **caps})
+    written = _write_large(config, weight_mode, "transformers")
+    return written | {alias: written[name] for name, alias in TRANSFORMERS_ALIASES.items()}
+
+
+FAMILIES: Mapping[str, tuple[Reader, Writer]] = {
+    "neurips": (_read_neurips, _write_neurips),
+    "large": (_read_large, _write_large),
+    "transformers": (_read_transformers, _write_transformers),
+}
+
+
+class Link(NamedTuple):
+    """One official tensor and the tensors of ours that it holds.
+
+    Attributes:
+        theirs: official name.
+        ours: our names and shapes, in the order of the rows of the official tensor.
+        shape: official shape, where it is not that of our tensors one below the other.
+        view: the official tensor in this shape ...
+        order: ... has our one tensor's dims in this order.
+    """
+
+    theirs: str
+    ours: Mapping[str, Shape]
+    shape: Shape | None = None
+    view: Shape = ()
+    order: Shape = ()
+
+    @property
+    def official_shape(self) -> Shape:
+        first, *_ = self.ours.values()
+        return self.shape or (sum(shape[0] for shape in self.ours.values()), *first[1:])
+
+    def split(self, x: Tensor) -> dict[str, Tensor]:
+        """Our tensors from the official one."""
+        if self.order:
+            x = x.reshape(self.view).permute(self.order).contiguous()
+        if len(self.ours) == 1:
+            return dict.fromkeys(self.ours, x)
+        parts = torch.split(x, [shape[0] for shape in self.ours.values()])
+        # Copies, so that no two results share memory.
+        return {name: part.clone() for name, part in zip(self.ours, parts, strict=True)}
+
+    def join(self, weights: Weights) -> Tensor:
+        """The official tensor from ours."""
+        parts = [weights[name] for name in self.ours]
+        if self.order:
+            back = sorted(range(len(self.order)), key=self.order.__getitem__)
+            return parts[0].permute(back).reshape(self.official_shape)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _links(theirs: str, ours: Mapping[str, Shape], bias: bool = False) -> Iterator[Link]:
+    """The weight of one or several modules, and the bias if they have one."""
+    yield Link(f"{theirs}.weight", {f"{name}.weight": shape for name, shape in ours.items()})
+    if bias:
+        yield Link(f"{theirs}.bias", {f"{name}.bias": shape[:1] for name, shape in ours.items()})
+
+
+def _neurips_mlstm(config: XLSTMConfig, weight_mode: str) -> Iterator[Link]:
+    D, E, H, bias = config.hidden_size, config.inner_size, config.num_heads, config.use_bias
+    blocksize = config.qkv_proj_blocksize
+    yield from _links("xlstm_norm", {"mixer_norm": (D,)})
+    yield from _links("xlstm.proj_up", {"mixer.up_proj": (2 * E, D)}, bias)
+    yield from _links("xlstm.conv1d.conv", {"mixer.conv": (E, 1, config.conv_kernel_size)}, bias=True)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        yield from _links(f"xlstm.{name}", {f"mixer.{name}": (E // blocksize, blocksize, blocksize)})
+        if bias:
+            yield Link(f"xlstm.{name}.bias", {f"mixer.{name}.bias": (E,)})
+    for name in ("igate", "fgate"):
+        yield from _links(f"xlstm.mlstm_cell.{name}", {f"mixer.{name}": (H, 3 * E)}, bias=True)
+    yield from _links("xlstm.mlstm_cell.outnorm", {"mixer.cell.norm": (E,)})
+    yield Link("xlstm.learnable_skip", {"mixer.skip": (E,)})
+    yield from _links("xlstm.proj_down", {"mixer.down_proj": (D, E)}, bias)
+
+
+def _neurips_slstm(config: XLSTMConfig, weight_mode: str) -> Iterator[Link]:
+    D, H, U = config.hidden_size, config.slstm_num_heads or config.num_heads, config.ffn_size
+    P = D // H
+    yield from _links("xlstm_norm", {"mixer_norm": (D,)})
+    if config.slstm_conv_kernel_size:
+        yield from _links("xlstm.conv1d.conv", {"mixer.conv": (D, 1, config.slstm_conv_kernel_size)}, bias=True)
+    # The official module named `fgate` feeds the input gate and `igate` the forget gate (NX-AI/xlstm issue 98); the
+    # gates of recurrent weights and biases are in the order of the equations.
+    for theirs, ours in (("fgate", "igate"), ("igate", "fgate"), ("zgate", "zgate"), ("ogate", "ogate")):
+        yield from _links(f"xlstm.{theirs}", {f"mixer.{ours}": (H, P, P)})
+    kernel = (H, 4 * P, P), (H, 4, P, P), (1, 0, 2, 3)
+    bias = (4 * D,), (4, H, P), (0, 1, 2)
+    if weight_mode == "cuda":
+        kernel, bias = ((H, P, 4 * P), (H, P, 4, P), (2, 0, 3, 1)), ((4 * D,), (H, 4, P), (1, 0, 2))
+    yield Link("xlstm.slstm_cell._recurrent_kernel_", {"mixer.recurrent": (4, H, P, P)}, *kernel)
+    yield Link("xlstm.slstm_cell._bias_", {"mixer.bias": (4, H, P)}, *bias)
+    if config.slstm_norm_weight:
+        yield from _links("xlstm.group_norm", {"mixer.norm": (D,)})
+    if U:
+        yield from _links("ffn_norm", {"ffn_norm": (D,)})
+        yield from _links("ffn.proj_up", {"ffn.gate_proj": (U, D), "ffn.up_proj": (U, D)}, config.ffn_bias)
+        yield from _links("ffn.proj_down", {"ffn.down_proj": (D, U)}, config.ffn_bias)
+
+
+def _large_block(config: XLSTMConfig, weight_mode: str) -> Iterator[Link]:
+    D, H, U, bias = config.hidden_size, config.num_heads, config.ffn_size, config.use_bias
+    QK, V = config.qk_size, config.v_size
+    rows = {"mixer.q_proj": QK, "mixer.k_proj": QK, "mixer.v_proj": V, "mixer.ogate": V, "mixer.igate": H}
+    rows |= {"mixer.fgate": H, "ffn.gate_proj": U, "ffn.up_proj": U}
+    for fused, singles in LARGE_FUSED.items():
+        stored = {fused: list(singles.values())} if weight_mode == "fused" else {x: [singles[x]] for x in singles}
+        for theirs, ours in stored.items():
+            is_gate = fused == "mlstm_layer.ifgate_preact"
+            yield from _links(theirs, {name: (rows[name], D) for name in ours}, bias or is_gate)
+    yield from _links("mlstm_layer.out_proj", {"mixer.out_proj": (D, V)}, bias)
+    yield from _links("ffn.proj_down", {"ffn.down_proj": (D, U)}, bias)
+    yield from _links("norm_mlstm", {"mixer_norm": (D,)}, bias)
+    yield from _links("norm_ffn", {"ffn_norm": (D,)}, bias)
+    yield from _links("mlstm_layer.multihead_norm", {"mixer.cell.norm": (V,)}, bias)
+
+
+def _model(family: str, config: XLSTMConfig, weights: Weights, weight_mode: str) -> list[Link]:
+    """The links of a whole model, the embedding first; a tied head may be in the weights or not."""
+    V, D = config.vocab_size, config.hidden_size
+    embedding, blocks, last_norm = MODULES[family]
+    links = list(_links(embedding, {"model.embed_tokens": (V, D)}))
+    for i, kind in enumerate(config.block_types or []):
+        mlstm = _neurips_mlstm if family == "neurips" else _large_block
+        for link in (_neurips_slstm if kind == "slstm" else mlstm)(config, weight_mode):
+            ours = {f"model.layers.{i}.{name}": shape for name, shape in link.ours.items()}
+            links.append(link._replace(theirs=f"{blocks}.{i}.{link.theirs}", ours=ours))
+    if config.add_out_norm:
+        links += _links(last_norm, {"model.norm": (D,)}, config.norm_bias)
+    if not config.tie_word_embeddings or HEAD in weights:
+        links += _links("lm_head", {"lm_head": (V, D)})
+    return links
+
+
+def _check(weights: Weights, wanted: Mapping[str, Shape], tied: bool) -> None:
+    """Raise unless the weights have exactly the names and shapes wanted, the embedding's first."""
+    faults = {
+        "unused": [name for name in weights if name not in wanted],
+        "missing": [name for name in wanted if name not in weights],
+        "of another shape": [
+            f"{name} {list(weights[name].shape)}, wanted {list(shape)}"
+            for name, shape in wanted.items()
+            if name in weights and weights[name].shape != shape
+        ],
+    }
+    found = [f"{len(names)} {fault} ({'; '.join(names[:20])})" for fault, names in faults.items() if names]
+    if found:
+        raise ValueError(
+            f"`weights` must be what the configuration says; got {', '.join(found)}. Check which is right."
+        )
+    if tied and HEAD in wanted and not torch.equal(weights[HEAD], weights[next(iter(wanted))]):
+        raise ValueError(
+            f"`{HEAD}` must equal the embedding it is tied to; got other values. Untie it, or leave it out."
+        )
+
+
+def _is_cuda(name: str, x: Tensor) -> bool:
+    """Whether a tensor is a recurrent kernel as the CUDA backend stores it, [H, P, 4 P] instead of [H, 4 P, P]."""
+    return name.endswith("._recurrent_kernel_") and x.dim() == 3 and x.shape[2] == 4 * x.shape[1]
+
+
+def _choose(family: str, weight_mode: str) -> tuple[Reader, Writer]:
+    if family not in FAMILIES:
+        raise ValueError(f"`family` must be one of {list(FAMILIES)}; got {family!r}.")
+    modes = ["single"] if family == "neurips" else ["single", "fused"]
+    if weight_mode not in modes:
+        raise ValueError(f"`weight_mode` must be one of {modes} for {family!r}; got {weight_mode!r}.")
+    return FAMILIES[family]
+
+
+def convert_from(family: str, config: Mapping[str, Any], weights: Weights) -> tuple[XLSTMConfig, dict[str, Tensor]]:
+    """Turn an official model into the configuration and the weights of `XLSTMForCausalLM`.
+
+    Args:
+        family: "neurips", "large" or "transformers".
+        config: the official configuration as a dictionary; names left out have the package's defaults.
+        weights: the official state dict; of tied weights `lm_head.weight` may be left out. sLSTM cells may be stored
+            as the vanilla or the CUDA backend does.
+
+    Returns:
+        config: a new configuration.
+        weights: our names; tensors that need no change are those passed in, none of which is modified.
+
+    Raises:
+        ValueError: the family is unknown, our models cannot express the configuration, or tensors are unused, missing
+            or of another shape.
+        StrictDataclassError: a value is none that `XLSTMConfig` takes.
+    """
+    weight_mode = config.get("weight_mode", "single")
+    read, _ = _choose(family, weight_mode)
+    ours = read(config)
+    if family == "neurips" and any(_is_cuda(name, x) for name, x in weights.items()):
+        weight_mode = "cuda"
+    links = _model(family, ours, weights, weight_mode)
+    if family == "transformers" and ours.use_bias and weights:
+        # Its last norm never has a bias, whatever the configuration says.
+        weights = {**weights, LAST_BIAS: next(iter(weights.values())).new_zeros(ours.hidden_size)}
+    _check(weights, {link.theirs: link.official_shape for link in links}, ours.tie_word_embeddings)
+    return ours, {name: x for link in links for name, x in link.split(weights[link.theirs]).items()}
+
+
+def convert_to(
+    family: str, config: XLSTMConfig, weights: Weights, *, weight_mode: str = "single"
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Turn a configuration and the weights of `XLSTMForCausalLM` into an official model.
+
+    What steers only speed, precision or training keeps the package's default, or what runs on any machine.
+
+    Args:
+        family: "neurips", "large" or "transformers".
+        config: our configuration.
+        weights: our state dict; of tied weights `lm_head.weight` may be left out, and is then left out of the result.
+        weight_mode: "single" or "fused" projections, of the large and transformers families.
+
+    Returns:
+        config: the official configuration as a dictionary.
+        weights: official names; sLSTM cells as the vanilla backend stores them. Tensors that need no change are those
+            passed in, none of which is modified.
+
+    Raises:
+        ValueError: the family or weight mode is unknown, the family cannot express the model, or tensors are unused,
+            missing or of another shape.
+    """
+    _, write = _choose(family, weight_mode)
+    official = write(config, weight_mode)
+    links = _model(family, config, weights, weight_mode)
+    _check(weights, {name: shape for link in links for name, shape in link.ours.items()}, config.tie_word_embeddings)
+    converted = {link.theirs: link.join(weights) for link in links}
+    if family == "transformers" and config.use_bias and converted.pop(LAST_BIAS).any():
+        raise ValueError("`model.norm.bias` must be zero to convert to 'transformers', whose last norm has no bias.")
+    return official, converted

@@ -1,0 +1,313 @@
+"""The parts of a block: norms, causal convolution, feed-forward, and the three mixer layers around the two cells.
+
+Every mixer maps ([B, T, D], state) to ([B, T, D], state); the state is the one before, and after, the tokens given.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .configuration_xlstm import XLSTMConfig
+from .ops_mlstm import mlstm
+from .ops_slstm import slstm
+from .states_xlstm import LayerState, MLSTMState, SLSTMState
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """Bound x smoothly to +-cap: cap * tanh(x / cap); None leaves it."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (+ bias) over the last dim."""
+
+    def __init__(self, size: int, eps: float, bias: bool):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return x if self.bias is None else x + self.bias
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * (offset + weight) (+ bias) over the last dim.
+
+    The neurips family stores weights as their deviation from 1 (offset 1), so that weight decay pulls towards 1.
+    """
+
+    def __init__(self, size: int, eps: float, bias: bool, offset: float):
+        super().__init__()
+        self.eps = eps
+        self.offset = offset
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight + self.offset if self.offset else self.weight
+        return F.layer_norm(x, (x.shape[-1],), weight, self.bias, self.eps)
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm of each head over its own channels, one weight over all: [B, T, H, V] -> [B, T, H * V]."""
+
+    def __init__(self, size: int, eps: float, bias: bool, offset: float, weight: bool = True):
+        super().__init__()
+        self.eps = eps
+        self.offset = offset
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset)) if weight else None
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x, (x.shape[-1],), eps=self.eps).flatten(-2)
+        if self.weight is not None:
+            x = x * (self.weight + self.offset if self.offset else self.weight)
+        return x if self.bias is None else x + self.bias
+
+
+def block_norm(config: XLSTMConfig) -> RMSNorm | LayerNorm:
+    """The norm before each mixer and feed-forward, and after the last block."""
+    if config.block_style == "large":
+        return RMSNorm(config.hidden_size, config.norm_eps, config.norm_bias)
+    return LayerNorm(config.hidden_size, config.norm_eps, config.norm_bias, norm_offset(config))
+
+
+def norm_offset(config: XLSTMConfig) -> float:
+    """What the stored norm weights deviate from."""
+    return 1.0 if config.block_style == "neurips" else 0.0
+
+
+class HeadwiseLinear(nn.Module):
+    """A block-diagonal linear map, one block per head: [..., H * I] -> [..., H * O]."""
+
+    def __init__(self, heads: int, in_size: int, out_size: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, out_size, in_size))
+        self.bias = nn.Parameter(torch.empty(heads * out_size)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (self.weight.shape[0], -1))
+        x = torch.einsum("...hi,hoi->...ho", x, self.weight).flatten(-2)
+        return x if self.bias is None else x + self.bias
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution over the last W tokens of the same document, then SiLU: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, size: int, window: int):
+        super().__init__()
+        self.window = window
+        self.weight = nn.Parameter(torch.empty(size, 1, window))  # the last tap multiplies the current token
+        self.bias = nn.Parameter(torch.empty(size))
+
+    def forward(
+        self, x: Tensor, past: Tensor | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        B, T, D = x.shape
+        W = self.window
+        if past is None:
+            past = x.new_zeros(B, W - 1, D)
+        x = torch.cat([past.to(x.dtype), x], 1)  # [B, W - 1 + T, D]
+        document = None if reset is None else F.pad(reset.cumsum(1), (W - 1, 0))[..., None]  # [B, W - 1 + T, 1]
+        y = self.bias.expand(B, T, D)
+        for tap in range(W):
+            x_tap = x[:, tap : tap + T]
+            if document is not None:
+                x_tap = x_tap * (document[:, tap : tap + T] == document[:, W - 1 :])
+            y = torch.addcmul(y, x_tap, self.weight[:, 0, tap])
+        return F.silu(y), self._last_inputs(x, document, lengths)
+
+    def _last_inputs(self, x: Tensor, document: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """The W - 1 inputs before the next token; zero where they belong to another document than the last one."""
+        W = self.window
+        if lengths is None:
+            lengths = torch.full(x.shape[:1], x.shape[1] - W + 1, device=x.device)
+        index = (lengths[:, None] + torch.arange(W - 1, device=x.device))[..., None]  # [B, W - 1, 1]
+        last = x.gather(1, index.expand(-1, -1, x.shape[-1]))
+        if document is not None:
+            current = document.gather(1, (lengths + W - 2)[:, None, None])
+            last = last * (document.gather(1, index) == current)
+        return last
+
+
+class FeedForward(nn.Module):
+    """down(act(gate x) * up x), or down(act(up x)) in the residual style: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: XLSTMConfig):
+        super().__init__()
+        D, U = config.hidden_size, config.ffn_size
+        self.gate_proj = None if config.block_style == "residual" else nn.Linear(D, U, bias=config.ffn_bias)
+        self.up_proj = nn.Linear(D, U, bias=config.ffn_bias)
+        self.down_proj = nn.Linear(U, D, bias=config.ffn_bias)
+        # Transformers has no name for this one.
+        self.act = nn.SELU() if config.hidden_act == "selu" else ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.ffn_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        hidden = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up
+        return self.dropout(self.down_proj(hidden))
+
+
+class MLSTMCell(nn.Module):
+    """What both mLSTM layers share: the cell with its gates' caps and its head norm, [B, T, H, .] -> [B, T, H * V]."""
+
+    def __init__(self, config: XLSTMConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.gate_soft_cap = config.gate_soft_cap
+        self.input_gate = config.input_gate
+        self.normalizer_eps = config.normalizer_eps
+        self.chunk_size = config.chunk_size
+        self.backend = config.kernel_backend
+        self.state_dtype = getattr(torch, config.state_dtype)
+        self.norm = HeadNorm(config.v_size, config.norm_eps, config.norm_bias, norm_offset(config))
+
+    def forward(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        gates: tuple[Tensor, Tensor],
+        state: MLSTMState | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+    ) -> tuple[Tensor, MLSTMState]:
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in qkv)
+        i_tilde, f_tilde = (soft_cap(x.float() if x.element_size() < 4 else x, self.gate_soft_cap) for x in gates)
+        if state is None:
+            B, _, H, K = q.shape
+            dtype = torch.promote_types(q.dtype, self.state_dtype)
+            state = MLSTMState.zeros(B, H, K, v.shape[-1], like=q.new_empty((), dtype=dtype))
+        h, state = mlstm(
+            q,
+            k,
+            v,
+            i_tilde,
+            f_tilde,
+            state,
+            lengths=lengths,
+            reset=reset,
+            chunk_size=self.chunk_size,
+            eps=self.normalizer_eps,
+            input_gate=self.input_gate,
+            backend=self.backend,
+        )
+        return self.norm(h), state
+
+
+class MLSTMLayer(nn.Module):
+    """The large and residual styles' mixer: q, k, v and gates from x, mLSTM cell, output gate, projection."""
+
+    def __init__(self, config: XLSTMConfig, layer_idx: int):
+        super().__init__()
+        D, bias = config.hidden_size, config.use_bias
+        self.q_proj = nn.Linear(D, config.qk_size, bias=bias)
+        self.k_proj = nn.Linear(D, config.qk_size, bias=bias)
+        self.v_proj = nn.Linear(D, config.v_size, bias=bias)
+        self.igate = nn.Linear(D, config.num_heads)
+        self.fgate = nn.Linear(D, config.num_heads)
+        self.ogate = nn.Linear(D, config.v_size, bias=bias)
+        self.cell = MLSTMCell(config)
+        self.out_proj = nn.Linear(config.v_size, D, bias=bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, state: LayerState | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        gates = self.igate(x), self.fgate(x)
+        h, cell = self.cell(qkv, gates, None if state is None else cast(MLSTMState, state.cell), lengths, reset)
+        y = self.out_proj(torch.sigmoid(self.ogate(x)) * h)
+        return self.dropout(y), LayerState(cell, None)
+
+
+class UpMLSTMLayer(nn.Module):
+    """The neurips style's mixer: up-projection, convolution, mLSTM cell, learnable skip, SiLU gate, down-projection."""
+
+    def __init__(self, config: XLSTMConfig, layer_idx: int):
+        super().__init__()
+        D, E, bias = config.hidden_size, config.inner_size, config.use_bias
+        blocks, blocksize = E // config.qkv_proj_blocksize, config.qkv_proj_blocksize
+        self.up_proj = nn.Linear(D, 2 * E, bias=bias)  # cell branch first, then gate branch
+        self.conv = CausalConv(E, config.conv_kernel_size)
+        self.q_proj = HeadwiseLinear(blocks, blocksize, blocksize, bias)
+        self.k_proj = HeadwiseLinear(blocks, blocksize, blocksize, bias)
+        self.v_proj = HeadwiseLinear(blocks, blocksize, blocksize, bias)
+        self.igate = nn.Linear(3 * E, config.num_heads)
+        self.fgate = nn.Linear(3 * E, config.num_heads)
+        self.cell = MLSTMCell(config)
+        self.skip = nn.Parameter(torch.ones(E))
+        self.down_proj = nn.Linear(E, D, bias=bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, state: LayerState | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        a, z = self.up_proj(x).chunk(2, -1)
+        c, window = self.conv(a, None if state is None else state.conv, lengths, reset)
+        qkv = self.q_proj(c), self.k_proj(c), self.v_proj(a)
+        g = torch.cat(qkv, -1)
+        h, cell = self.cell(
+            qkv, (self.igate(g), self.fgate(g)), None if state is None else cast(MLSTMState, state.cell), lengths, reset
+        )
+        y = self.down_proj((h + self.skip * c) * F.silu(z))
+        return self.dropout(y), LayerState(cell, window)
+
+
+class SLSTMLayer(nn.Module):
+    """Every style's sLSTM mixer: convolution if any, four gates per head, sLSTM cell, head norm."""
+
+    def __init__(self, config: XLSTMConfig, layer_idx: int):
+        super().__init__()
+        assert config.slstm_num_heads is not None
+        D, H = config.hidden_size, config.slstm_num_heads
+        P = D // H
+        self.layer_idx = layer_idx
+        self.num_heads = H
+        self.input_gate = config.input_gate
+        self.backend = config.kernel_backend
+        self.state_dtype = getattr(torch, config.state_dtype)
+        self.conv = CausalConv(D, config.slstm_conv_kernel_size) if config.slstm_conv_kernel_size else None
+        self.igate = HeadwiseLinear(H, P, P, bias=False)
+        self.fgate = HeadwiseLinear(H, P, P, bias=False)
+        self.zgate = HeadwiseLinear(H, P, P, bias=False)
+        self.ogate = HeadwiseLinear(H, P, P, bias=False)
+        self.recurrent = nn.Parameter(torch.empty(4, H, P, P))  # gate order i, f, z, o; [out, in]
+        self.bias = nn.Parameter(torch.empty(4, H, P))
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm = HeadNorm(D, config.norm_eps, config.norm_bias, norm_offset(config), config.slstm_norm_weight)
+
+    def forward(
+        self, x: Tensor, state: LayerState | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        c, window = x, None
+        if self.conv is not None:
+            c, window = self.conv(x, None if state is None else state.conv, lengths, reset)
+        pre_activations = self.igate(c), self.fgate(c), self.zgate(x), self.ogate(x)
+        i_tilde, f_tilde, z_tilde, o_tilde = (
+            g.unflatten(-1, (self.num_heads, -1)) + b for g, b in zip(pre_activations, self.bias, strict=True)
+        )
+        cell = None if state is None else cast(SLSTMState, state.cell)
+        if cell is None:
+            B, _, H, P = i_tilde.shape
+            dtype = torch.promote_types(x.dtype, self.state_dtype)
+            cell = SLSTMState.zeros(B, H, P, like=x.new_empty((), dtype=dtype))
+        h, cell = slstm(
+            i_tilde,
+            f_tilde,
+            z_tilde,
+            o_tilde,
+            self.recurrent,
+            cell,
+            lengths=lengths,
+            reset=reset,
+            input_gate=self.input_gate,
+            backend=self.backend,
+        )
+        return self.norm(self.dropout(h)), LayerState(cell, window)

@@ -1,0 +1,441 @@
+"""xLSTM in Transformers: the base model, the language model and the classification heads."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple, logging
+
+from .blocks_xlstm import XLSTMBlock
+from .cache_xlstm import XLSTMCache
+from .configuration_xlstm import XLSTMConfig
+from .layers_xlstm import (
+    CausalConv,
+    FeedForward,
+    HeadNorm,
+    LayerNorm,
+    MLSTMLayer,
+    RMSNorm,
+    SLSTMLayer,
+    UpMLSTMLayer,
+    block_norm,
+    soft_cap,
+)
+from .tokens_xlstm import lay_out_tokens
+
+logger = logging.get_logger(__name__)
+
+
+class XLSTMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation, common to all xLSTM models."""
+
+    config: XLSTMConfig
+    config_class = XLSTMConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["XLSTMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    supports_gradient_checkpointing = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module by its type, as in the official packages; parents after, and over, their children."""
+        config = self.config
+        D, N = config.hidden_size, config.num_hidden_layers
+        small = math.sqrt(2 / (5 * D))
+        if isinstance(module, (RMSNorm, LayerNorm, HeadNorm)):
+            if module.weight is not None:
+                init.constant_(module.weight, 1.0 - getattr(module, "offset", 0.0))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, CausalConv):
+            bound = module.window**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, FeedForward):
+            self._init_projection(
+                module.down_proj, 2 / (N * math.sqrt(D if config.block_style == "neurips" else config.ffn_size))
+            )
+        elif isinstance(module, (MLSTMLayer, UpMLSTMLayer)):
+            out = module.out_proj if isinstance(module, MLSTMLayer) else module.down_proj
+            self._init_projection(out, 2 / (N * math.sqrt(D)))
+            self._init_mlstm_gates(module)
+        elif isinstance(module, SLSTMLayer):
+            self._init_slstm(module)
+        elif isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ == "HeadwiseLinear":
+            self._init_projection(module, small)
+
+    def _init_projection(self, module: Any, std: float) -> None:
+        init.normal_(module.weight, mean=0.0, std=std)
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
+
+    def _init_mlstm_gates(self, module: MLSTMLayer | UpMLSTMLayer) -> None:
+        """Gates that do not look at their input at first: the forget gates nearly open, from 3 to 6 over the heads."""
+        config = self.config
+        init.zeros_(module.igate.weight)
+        init.zeros_(module.fgate.weight)
+        init.normal_(module.igate.bias, mean=config.input_gate_bias_mean, std=config.input_gate_bias_std)
+        init.copy_(module.fgate.bias, torch.linspace(3.0, 6.0, config.num_heads))
+        if isinstance(module, UpMLSTMLayer):
+            init.ones_(module.skip)
+
+    def _init_slstm(self, module: SLSTMLayer) -> None:
+        config = self.config
+        P, N = module.bias.shape[-1], config.num_hidden_layers
+        bound = config.hidden_size**-0.5
+        if config.recurrent_weight_init == "standard":
+            init.uniform_(module.recurrent, -bound, bound)
+        else:
+            init.zeros_(module.recurrent)
+        if config.slstm_bias_init == "standard":
+            init.uniform_(module.bias, -bound, bound)
+            return
+        bias = torch.zeros(module.bias.shape)
+        if config.slstm_bias_init == "small_init":
+            bias[1] = torch.linspace(3.0, 6.0, P)
+        elif config.slstm_bias_init == "powerlaw_blockdependent":
+            ratio = module.layer_idx / (N - 1) if N > 1 else 0.0
+            # One cell per head has no spread to lay out: it takes the first value.
+            spread = torch.arange(P) / max(P - 1, 1)
+            bias[1] = 5.0 - 12.0 * spread ** (0.3 + 1.3 * ratio)
+        init.copy_(module.bias, bias)
+
+
+class XLSTMModel(XLSTMPreTrainedModel):
+    """Embedding, xLSTM blocks and final norm, without a head."""
+
+    def __init__(self, config: XLSTMConfig):
+        super().__init__(config)
+        config.validate()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(XLSTMBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = block_norm(config) if config.add_out_norm else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: XLSTMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run T tokens from the states in the cache, or from the start.
+
+        Args:
+            input_ids: token ids, [B, T].
+            attention_mask: 1 at real tokens, 0 at padding anywhere, [B, T] or [B, past + T].
+            position_ids: positions have no meaning here but one: where they do not grow, a packed document begins.
+            past_key_values: an `XLSTMCache`; it is updated, and returned, whenever it is given.
+            inputs_embeds: embeddings instead of ids, [B, T, D].
+            use_cache: whether to return the states; by default `config.use_cache`, and not while training.
+            output_hidden_states: whether to return the embeddings and every block's output, the last one normalised.
+            seq_idx: number of each token's document in a packed row, [B, T].
+            cu_seq_lens_q: first token of each document of a single packed row, then T, [documents + 1].
+            kwargs: `return_dict` is honoured; a keyword that no part of the model knows is warned about.
+
+        Returns:
+            output: with `last_hidden_state` [B, T, D], `past_key_values` and `hidden_states`.
+
+        Raises:
+            ValueError: both or neither of ids and embeddings; a mask, cache or packing that does not fit.
+        """
+        warn_unused(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        x = self.embedding_dropout(x)
+        B, T, _ = x.shape
+        cache = self._open_cache(past_key_values, use_cache, B)
+        past = 0 if cache is None else cache.get_seq_length()
+        layout = lay_out_tokens((B, T), past, attention_mask, seq_idx, cu_seq_lens_q, position_ids)
+
+        x = layout.pack(x)
+        hidden, states = [], []
+        for layer, state in zip(self.layers, [None] * len(self.layers) if cache is None else cache.states, strict=True):
+            if output_hidden_states:
+                hidden.append(layout.unpack(x))
+            x, state = layer(x, state, layout.lengths, layout.reset)
+            states.append(state)
+        x = layout.unpack(self.norm(x))
+        if cache is not None:
+            cache.store_(states, T)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=(*hidden, x) if output_hidden_states else None,
+        )
+
+    def _open_cache(self, cache: XLSTMCache | None, use_cache: bool | None, B: int) -> XLSTMCache | None:
+        """The cache to read and write: the one given, a new one, or None."""
+        if cache is None:
+            if use_cache is None:
+                use_cache = self.config.use_cache and not self.training
+            elif use_cache and self.gradient_checkpointing and self.training:
+                logger.warning_once("`use_cache=True` is turned off: gradient checkpointing is on.")
+                use_cache = False
+            return XLSTMCache(self.config) if use_cache else None
+        # Remote code loads this class once per checkpoint, so another copy of it must pass too: ask what it can do.
+        if not hasattr(cache, "store_") or len(cache) != self.config.num_hidden_layers:
+            raise ValueError(
+                f"`past_key_values` must be an XLSTMCache of {self.config.num_hidden_layers} layers; got "
+                f"{type(cache).__name__} of {len(cache)}. Make one with XLSTMCache(model.config), or pass none."
+            )
+        if cache.batch_size not in (-1, B):
+            raise ValueError(
+                f"`past_key_values` holds {cache.batch_size} rows and the input has {B}. Use batch_select_indices or "
+                "batch_repeat_interleave on the cache first."
+            )
+        return cache
+
+
+def warn_unused(kwargs: dict[str, Any]) -> None:
+    """Warn once about keywords that change nothing here; those that are None or False ask for nothing."""
+    # The collators that write `cu_seq_lens_q` describe the same packing three times more.
+    packing = {"cu_seq_lens_k", "max_length_q", "max_length_k"}
+    unused = sorted(
+        name for name, value in kwargs.items() if name not in packing and value is not None and value is not False
+    )
+    if unused:
+        logger.warning_once(f"An xLSTM has no use for {unused}: ignored.")
+
+
+class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
+    """xLSTM language model: next-token logits, with a soft cap if the configuration has one."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: XLSTMConfig):
+        super().__init__(config)
+        self.model = XLSTMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: XLSTMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits, and the loss if labels are given.
+
+        Arguments are those of `XLSTMModel.forward`, and: `labels`, token ids to predict, [B, T], shifted here, -100
+        left out; `logits_to_keep`, logits of the last so many tokens only, or of the given positions, 0 for all;
+        `num_items_in_batch`, what the loss is divided by under gradient accumulation.
+
+        Returns:
+            output: with `loss`, `logits` [B, T or fewer, vocab_size], `past_key_values` and `hidden_states`.
+        """
+        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = soft_cap(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.output_logit_soft_cap)
+        loss = None
+        if labels is not None:
+            labels = self._mask_document_starts(labels, attention_mask, kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _mask_document_starts(self, labels: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        """No token predicts the first one of the next packed document."""
+        packing = {name: kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "position_ids")}
+        if all(value is None for value in packing.values()):
+            return labels
+        B, T = labels.shape
+        mask = None if attention_mask is None else attention_mask[:, -T:]
+        layout = lay_out_tokens((B, T), 0, mask, **packing)
+        return labels if layout.reset is None else labels.masked_fill(layout.unpack(layout.reset), -100)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Give `generate` the recurrent cache; Transformers knows none for classes of this name."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"`cache_implementation={generation_config.cache_implementation!r}` does not apply: the "
+                "state of an xLSTM has one size and one implementation. Leave it out."
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = XLSTMCache(self.config)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in Transformers; decoding steps are given no mask, for all their tokens are real."""
+        kwargs["is_first_iteration"] = is_first_iteration
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc,arg-type]
+        if not is_first_iteration and inputs.get("past_key_values") is not None:
+            inputs.pop("attention_mask", None)
+        # Transformers makes position ids for every model whose forward takes keywords; there are no positions here.
+        inputs.pop("position_ids", None)
+        return inputs
+
+
+class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
+    """A linear head over the last real token of each row: classification or regression."""
+
+    def __init__(self, config: XLSTMConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels or 2
+        self.model = XLSTMModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: XLSTMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits of each row, and the loss if labels are given.
+
+        Arguments are those of `XLSTMModel.forward`, and: `labels`, class indices [B], or targets [B] or [B, num_labels]
+        for regression. Without an `attention_mask`, `pad_token_id` in the ids tells where a row ends.
+
+        Returns:
+            output: with `loss`, `logits` [B, num_labels], `past_key_values` and `hidden_states`.
+
+        Raises:
+            ValueError: several rows, no mask and no `pad_token_id`: where a row ends cannot be known.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state)
+        rows = torch.arange(logits.shape[0], device=logits.device)
+        pooled = logits[rows, self._last_token(input_ids, attention_mask, logits)]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _last_token(self, input_ids: Tensor | None, attention_mask: Tensor | None, logits: Tensor) -> Tensor:
+        """Index of the last real token of each row, [B]."""
+        B, T, _ = logits.shape
+        pad = self.config.pad_token_id
+        if attention_mask is not None:
+            real = attention_mask[:, -T:] != 0
+        elif input_ids is not None and pad is not None:
+            real = input_ids != pad
+        elif B == 1 or input_ids is None:
+            real = logits.new_ones(B, T, dtype=torch.bool)
+        else:
+            raise ValueError(
+                f"`attention_mask` or `config.pad_token_id` must say where each of the {B} rows ends; got neither. "
+                "Pass the mask your tokenizer returns."
+            )
+        return (torch.arange(T, device=logits.device) * real.to(logits.device)).argmax(1)
+
+
+class XLSTMForTokenClassification(XLSTMPreTrainedModel):
+    """A linear head over every token."""
+
+    def __init__(self, config: XLSTMConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels or 2
+        self.model = XLSTMModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: XLSTMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Logits of each token, and the loss if labels are given.
+
+        Arguments are those of `XLSTMModel.forward`, and: `labels`, class indices, [B, T], -100 left out.
+
+        Returns:
+            output: with `loss`, `logits` [B, T, num_labels] and `hidden_states`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+__all__ = [
+    "XLSTMForCausalLM",
+    "XLSTMForSequenceClassification",
+    "XLSTMForTokenClassification",
+    "XLSTMModel",
+    "XLSTMPreTrainedModel",
+]

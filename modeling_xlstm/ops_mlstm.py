@@ -1,0 +1,84 @@
+"""The door to the mLSTM cell: checks shapes, chooses a worker."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ops_common import bind_shapes, choose_backend, mark_tokens
+from .ops_mlstm_reference import mlstm_chunkwise, mlstm_recurrent
+from .ops_mlstm_torch import mlstm_chunkwise_torch
+from .states_xlstm import MLSTMState
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i_tilde: Tensor,
+    f_tilde: Tensor,
+    state: MLSTMState | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    chunk_size: int = 64,
+    eps: float = 1e-6,
+    input_gate: str = "exp",
+    backend: str = "auto",
+) -> tuple[Tensor, MLSTMState]:
+    """Run the mLSTM cell over T tokens (xLSTM paper, mLSTM forward pass, stabilised).
+
+    Args:
+        q: queries, [B, T, H, K].
+        k: keys, [B, T, H, K]; scaled by K**-0.5 here, so pass them unscaled.
+        v: values, [B, T, H, V].
+        i_tilde: input-gate pre-activation, [B, T, H]; natural log of the gate if `input_gate` is 'exp', else its logit.
+        f_tilde: forget-gate pre-activation, [B, T, H]; logit of the gate.
+        state: state before the first token; None starts from zeros.
+        lengths: number of real tokens of each row, [B]; the tokens after them write nothing and forget nothing.
+        reset: True at the first token of a new document, [B, T]; the state returns to zeros before that token.
+        chunk_size: tokens per chunk; changes speed and memory, never the result.
+        eps: added to the normaliser, dimensionless; 1e-6 in the published checkpoints.
+        input_gate: 'exp' (paper) or 'sigmoid' (bounded by 1; the stabiliser then stays at its start).
+        backend: 'auto', 'torch' or 'reference'.
+
+    Returns:
+        h: cell output, [B, T, H, V], in the dtype of `v`; zero after the real tokens of a row.
+        state: state after the last real token, float32 or wider; the one passed in is not modified.
+
+    Raises:
+        ValueError: shapes disagree, T is 0, `chunk_size` is below 1, or the backend or gate is unknown.
+    """
+    given = MLSTMState(None, None, None) if state is None else state  # type: ignore[arg-type]
+    size = bind_shapes(
+        q=(q, "B T H K"),
+        k=(k, "B T H K"),
+        v=(v, "B T H V"),
+        i_tilde=(i_tilde, "B T H"),
+        f_tilde=(f_tilde, "B T H"),
+        C=(given.C, "B H K V"),
+        n=(given.n, "B H K"),
+        m=(given.m, "B H"),
+    )
+    padded, reset = mark_tokens(size["T"], size["B"], lengths, reset, q.device)
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
+    if input_gate not in ("exp", "sigmoid"):
+        raise ValueError(f"`input_gate` must be 'exp' or 'sigmoid'; got {input_gate!r}.")
+    worker = {"torch": mlstm_chunkwise_torch, "reference": mlstm_chunkwise}[
+        choose_backend(backend, {"torch": True, "reference": True})
+    ]
+    if padded is not None:
+        # A padded token writes nothing and forgets nothing, so padding cannot reach the state.
+        i_tilde = i_tilde.masked_fill(padded[..., None], -torch.inf)
+        f_tilde = f_tilde.masked_fill(padded[..., None], torch.inf)
+    # Autocast would run the products with the states in half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        if size["T"] == 1:
+            h, state = mlstm_recurrent(q, k, v, i_tilde, f_tilde, state, reset=reset, eps=eps, input_gate=input_gate)
+        else:
+            h, state = worker(
+                q, k, v, i_tilde, f_tilde, state, reset=reset, chunk_size=chunk_size, eps=eps, input_gate=input_gate
+            )
+    h = h.to(v.dtype)
+    return h if padded is None else h.masked_fill(padded[..., None, None], 0.0), state

@@ -1,0 +1,175 @@
+"""The mLSTM op: every form and worker against the recurrent definition, and the laws of its state."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import mlstm_inputs, mlstm_state, outputs_and_gradients
+from tolerances import FLOAT32, assert_identical, assert_same
+from torch import Tensor
+
+from modeling_xlstm import MLSTMState, mlstm
+from modeling_xlstm.ops_mlstm_reference import mlstm_chunkwise, mlstm_parallel, mlstm_recurrent
+from modeling_xlstm.ops_mlstm_torch import mlstm_chunkwise_torch
+
+GATES = st.sampled_from(["exp", "sigmoid"])
+LENGTH = st.integers(1, 20)
+CHUNK = st.sampled_from([1, 2, 3, 7, 16, 64])
+EPS = st.sampled_from([1e-6, 0.05])
+
+
+def run(worker: Any, xs: list[Tensor], state: MLSTMState | None, **options: Any) -> tuple[Any, ...]:
+    h, after = worker(*xs, state, **options)
+    return outputs_and_gradients(h, after, [*xs, *(state or ())])
+
+
+@pytest.mark.parametrize("form", ["parallel", "chunkwise", "torch"])
+@given(T=LENGTH, chunk_size=CHUNK, input_gate=GATES, eps=EPS, fresh=st.booleans(), resets=st.booleans())
+def test_every_form_equals_the_recurrent_one_with_states_and_all_gradients(
+    form: str, T: int, chunk_size: int, input_gate: str, eps: float, fresh: bool, resets: bool
+) -> None:
+    xs, state = mlstm_inputs(T), None if fresh else mlstm_state()
+    options: dict[str, Any] = {
+        "reset": torch.rand(2, T) < 0.2 if resets else None,
+        "eps": eps,
+        "input_gate": input_gate,
+    }
+    expected = run(mlstm_recurrent, xs, state, **options)
+    if form == "parallel":
+        actual = run(mlstm_parallel, xs, state, **options)
+    else:
+        worker = mlstm_chunkwise if form == "chunkwise" else mlstm_chunkwise_torch
+        actual = run(worker, xs, state, chunk_size=chunk_size, **options)
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@given(T=st.integers(2, 20), cut=st.integers(1, 19), chunk_size=CHUNK, input_gate=GATES)
+def test_splitting_a_sequence_anywhere_changes_nothing(
+    backend: str, T: int, cut: int, chunk_size: int, input_gate: str
+) -> None:
+    xs, cut = mlstm_inputs(T), min(cut, T - 1)
+    options: dict[str, Any] = {"chunk_size": chunk_size, "input_gate": input_gate, "backend": backend}
+    whole = outputs_and_gradients(*mlstm(*xs, **options), xs)
+    first, middle = mlstm(*(x[:, :cut] for x in xs), **options)
+    second, end = mlstm(*(x[:, cut:] for x in xs), middle, **options)
+    assert_same(outputs_and_gradients(torch.cat([first, second], 1), end, xs), whole)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@given(lengths=st.lists(st.integers(0, 12), min_size=2, max_size=2), chunk_size=CHUNK, fresh=st.booleans())
+def test_padding_changes_no_real_token_no_state_and_no_gradient(
+    backend: str, lengths: list[int], chunk_size: int, fresh: bool
+) -> None:
+    xs, state = mlstm_inputs(12), None if fresh else mlstm_state()
+    options: dict[str, Any] = {"chunk_size": chunk_size, "backend": backend}
+    h, after = mlstm(*xs, state, lengths=torch.tensor(lengths), **options)
+    start = state or MLSTMState.zeros(2, 2, 4, 6, like=xs[0])
+    for row, length in enumerate(lengths):
+        real = [x[row : row + 1, :length] for x in xs]
+        before = MLSTMState(*(x[row : row + 1] for x in start))
+        alone = mlstm(*real, before, **options) if length else (h[row : row + 1, :0], before)
+        assert_same((h[row : row + 1, :length], [x[row : row + 1] for x in after]), (alone[0], list(alone[1])))
+        assert_identical(h[row, length:], torch.zeros_like(h[row, length:]))
+    if any(lengths):
+        gradients = torch.autograd.grad(h.sum() + after.C.sum(), xs)
+        for row, length in enumerate(lengths):
+            assert all(not g[row, length:].any() for g in gradients)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@given(cuts=st.sets(st.integers(1, 15)), first=st.booleans(), chunk_size=CHUNK, input_gate=GATES)
+def test_packed_documents_equal_separate_ones(
+    backend: str, cuts: set[int], first: bool, chunk_size: int, input_gate: str
+) -> None:
+    T, xs, state = 16, mlstm_inputs(16), mlstm_state()
+    options: dict[str, Any] = {"chunk_size": chunk_size, "input_gate": input_gate, "backend": backend}
+    reset = torch.zeros(2, T, dtype=torch.bool)
+    reset[:, [*cuts, *([0] if first else [])]] = True
+    wrt = [*xs, *state]
+    packed = outputs_and_gradients(*mlstm(*xs, state, reset=reset, **options), wrt)
+    edges = [0, *sorted(cuts), T]
+    outputs = []
+    after: MLSTMState | None = None if first else state  # the state passed in belongs to the first document
+    for start, stop in itertools.pairwise(edges):
+        h, after = mlstm(*(x[:, start:stop] for x in xs), after if start == 0 else None, **options)
+        outputs.append(h)
+    assert_same(packed, outputs_and_gradients(torch.cat(outputs, 1), after, wrt))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
+@pytest.mark.parametrize("i_tilde", [-80.0, 0.0, 80.0])
+@pytest.mark.parametrize("f_tilde", [-80.0, 0.0, 80.0])
+def test_extreme_gates_stay_finite_and_right_in_float32(
+    backend: str, input_gate: str, i_tilde: float, f_tilde: float
+) -> None:
+    xs = mlstm_inputs(37, gate_std=1.0)
+    xs = [x.detach() for x in (*xs[:3], xs[3] + i_tilde, xs[4] + f_tilde)]
+    narrow = [x.float().requires_grad_() for x in xs]
+    wide = [x.double().requires_grad_() for x in narrow]
+    h, state = mlstm(*narrow, input_gate=input_gate, backend=backend, chunk_size=16)
+    expected = mlstm(*wide, input_gate=input_gate, backend="reference")
+    assert_same((h.double(), [x.double() for x in state]), (expected[0], list(expected[1])), FLOAT32)
+    gradients = torch.autograd.grad(h.square().sum() + state.C.sum() + state.m.sum(), narrow)
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_gates_and_states_of_a_bfloat16_model_are_float32() -> None:
+    xs = [x.detach().bfloat16() for x in mlstm_inputs(9)]
+    h, state = mlstm(*xs)
+    assert h.dtype == torch.bfloat16
+    assert {x.dtype for x in state} == {torch.float32}
+    expected, _ = mlstm(*(x.float() for x in xs))
+    assert_identical(h, expected.bfloat16())
+
+
+def test_autocast_leaves_the_cell_in_float32() -> None:
+    xs = [x.detach().float() for x in mlstm_inputs(9)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = mlstm(*xs)
+    assert_identical(inside, mlstm(*xs))
+
+
+def test_the_state_passed_in_is_not_modified() -> None:
+    state = mlstm_state()
+    before = [x.clone() for x in state]
+    mlstm(*mlstm_inputs(5), state)
+    assert_identical(list(state), before)
+
+
+def test_a_wider_state_keeps_its_dtype() -> None:
+    xs = [x.detach().float() for x in mlstm_inputs(5)]
+    _, state = mlstm(*xs, MLSTMState.zeros(2, 2, 4, 6, like=torch.zeros((), dtype=torch.float64)))
+    assert {x.dtype for x in state} == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"k": torch.zeros(2, 5, 2, 3)}, r"`k` must be .* with K = 4 as in `q`; got shape \(2, 5, 2, 3\)"),
+        ({"i_tilde": torch.zeros(2, 5)}, r"`i_tilde` must be \[B, T, H\]"),
+        ({"lengths": torch.zeros(3, dtype=torch.long)}, "`lengths` must be"),
+        ({"lengths": torch.zeros(2)}, "`lengths` must be"),
+        ({"reset": torch.zeros(2, 5)}, "`reset` must be"),
+        ({"chunk_size": 0}, "`chunk_size` must be at least 1"),
+        ({"input_gate": "tanh"}, "`input_gate` must be"),
+        ({"backend": "cuda"}, "`backend` must be one of"),
+        ({"state": MLSTMState(torch.zeros(2, 2, 4, 4), torch.zeros(2, 2, 4), torch.zeros(2, 2))}, "`C` must be"),
+    ],
+)
+def test_bad_arguments_are_named(fault: dict[str, Any], message: str) -> None:
+    names = ("q", "k", "v", "i_tilde", "f_tilde")
+    arguments = dict(zip(names, mlstm_inputs(5), strict=True)) | fault
+    with pytest.raises(ValueError, match=message):
+        mlstm(**arguments)
+
+
+def test_no_tokens_raise() -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        mlstm(*(x[:, :0] for x in mlstm_inputs(3)))
