@@ -220,8 +220,9 @@ class XLSTMConfig(PreTrainedConfig):
             setattr(self, name, float(value) if is_float and type(value) is int else value)
         if self.slstm_num_heads is None:
             self.slstm_num_heads = self.num_heads
-        if self.head_dim is None and self.block_style == "residual" and self.hidden_size % self.num_heads == 0:
-            self.head_dim = self.hidden_size // self.num_heads
+        if self.head_dim is None and self.block_style == "residual" and self.num_heads > 0:
+            whole, rest = divmod(self.hidden_size, self.num_heads)
+            self.head_dim = None if rest else whole
         self._fill_block_types(slstm_at, variant)
         super().__init__(**kwargs)
 
@@ -244,14 +245,14 @@ class XLSTMConfig(PreTrainedConfig):
             if name in known or name in harmless or name.startswith("_"):
                 continue
             close = difflib.get_close_matches(name, known, n=1)
-            hint = (
-                f"Did you mean `{close[0]}`?" if close else "Set it as an attribute afterwards if it is your own note."
-            )
+            hint = f"Did you mean `{close[0]}`?" if close else f"Name it `_{name}` if it is your own note."
             raise TypeError(f"`{name}` is not a field of {cls.__name__}. {hint}")
 
     def _fill_block_types(self, slstm_at: Sequence[int] | str | None, variant: str | None) -> None:
         """Write `block_types` from whichever of the three spellings was used."""
         N = self.num_hidden_layers
+        if N < 1:
+            raise ValueError(f"`num_hidden_layers` must be at least 1; got {N}.")
         spelled = {"block_types": self.block_types, "slstm_at": slstm_at, "variant": variant}
         given = [name for name, value in spelled.items() if value is not None]
         if len(given) > 1:
@@ -262,11 +263,15 @@ class XLSTMConfig(PreTrainedConfig):
                 raise ValueError(f"`variant` must be one of {list(kinds)}; got {variant!r}.")
             self.block_types = [kinds[variant][i % len(kinds[variant])] for i in range(N)]
         elif self.block_types is None:
-            indices = list(range(N)) if slstm_at == "all" else list(slstm_at or [])
+            indices: Any = range(N) if slstm_at == "all" else slstm_at or ()
+            if not isinstance(indices, Sequence) or isinstance(indices, str):
+                raise TypeError(f"`slstm_at` must be a list of block indices or 'all'; got {slstm_at!r}.")
             for index in indices:
-                if not isinstance(index, int) or not -N <= index < N:
-                    raise ValueError(f"`slstm_at` must hold block indices from {-N} to {N - 1}; got {index!r}.")
-            chosen = {index % N for index in indices if isinstance(index, int)}
+                if type(index) is not int or not -N <= index < N:
+                    raise ValueError(
+                        f"`slstm_at` must hold block indices from {-N} to {N - 1}; got {index!r}. -1 is the last block."
+                    )
+            chosen = {index % N for index in indices}
             self.block_types = ["slstm" if i in chosen else "mlstm" for i in range(N)]
 
     @property
@@ -318,18 +323,25 @@ class XLSTMConfig(PreTrainedConfig):
             "output_logit_soft_cap",
         ):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 way_out = " Use None to leave the cap out." if name.endswith("soft_cap") else ""
-                raise ValueError(f"`{name}` must be above 0; got {value}.{way_out}")
+                raise ValueError(f"`{name}` must be above 0 and finite; got {value}.{way_out}")
         for name in ("normalizer_eps", "ffn_proj_factor", "input_gate_bias_std"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must not be negative; got {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be 0 or above, and finite; got {getattr(self, name)}.")
         for name in ("dropout", "ffn_dropout", "embedding_dropout", "classifier_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is a probability, 0 <= p < 1; got {getattr(self, name)}.")
+        if self.ffn_proj_factor and not self.ffn_size:
+            raise ValueError(
+                f"`ffn_proj_factor` must give a width above 0; got {self.ffn_proj_factor}, rounded down to none. "
+                "Use 0 to leave the feed-forward part out, or ffn_rounding='ceil'."
+            )
 
     def validate_block_types(self) -> None:
         """One known type for each block."""
+        # Rules run in alphabetical order; this one comes first, and those after it divide by the counts.
+        self.validate_sizes()
         types = self.block_types or []
         if len(types) != self.num_hidden_layers:
             raise ValueError(
@@ -363,9 +375,9 @@ class XLSTMConfig(PreTrainedConfig):
         divisor = getattr(self, by)
         low = size // divisor * divisor
         if size != low or size < 1:
+            nearest = " and ".join(str(works) for works in (low, low + divisor) if works)
             raise ValueError(
-                f"`{what}` must be a multiple of `{by}`; got {size} and {divisor}. "
-                f"The nearest sizes that work are {low or divisor} and {low + divisor}."
+                f"`{what}` must be a multiple of `{by}`; got {size} and {divisor}. The nearest that works is {nearest}."
             )
 
     def validate_convolution(self) -> None:

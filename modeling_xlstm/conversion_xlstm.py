@@ -41,10 +41,9 @@ class Section(NamedTuple):
 
 REQUIRED = object()
 # fmt: off
-ROUNDINGS = {True: "ceil", False: "floor"}
 # Official value -> ours, for the fields that do not share their values.
 VALUES: Mapping[str, Mapping[Any, str]] = {
-    "proj_rounding": ROUNDINGS, "ffn_rounding": ROUNDINGS,
+    "proj_rounding": {True: "ceil", False: "floor"}, "ffn_rounding": {True: "ceil", False: "floor"},
     "hidden_act": {
         "gelu": "gelu", "relu": "relu", "relu^2": "relu2", "selu": "selu", "sigmoid": "sigmoid", "swish": "silu",
     },
@@ -206,10 +205,7 @@ def _read_neurips(given: Mapping[str, Any]) -> XLSTMConfig:
     types = XLSTMConfig(num_hidden_layers=fields["num_hidden_layers"], slstm_at=slstm_at).block_types or []
     block_map = ",".join("1" if kind == "slstm" else "0" for kind in types)
     if given.get("_block_map") not in (None, block_map):
-        raise ValueError(
-            f"`_block_map` must be {block_map!r}, as `num_blocks`, `slstm_at` and `mlstm_block` say; got "
-            f"{given['_block_map']!r}. Leave it out: the package computes it."
-        )
+        raise ValueError(f"`_block_map` must be {block_map!r}; got {given['_block_map']!r}. Correct it or `slstm_at`.")
     if "slstm" in types:
         if slstm_block is None:
             raise ValueError(f"`slstm_block` must describe the sLSTM blocks of {block_map!r}; got None.")
@@ -242,11 +238,9 @@ def _write_neurips(config: XLSTMConfig, weight_mode: str) -> dict[str, Any]:
 
 def _read_large(given: Mapping[str, Any], section: Section = LARGE) -> XLSTMConfig:
     fields = _read(section, given)
-    if "siging" in str(given.get("chunkwise_kernel")):
-        raise ValueError(
-            f"`chunkwise_kernel` must have an exponential input gate; got {given['chunkwise_kernel']!r}, which has none for "
-            "several tokens and one for a single token. Name another, and set `input_gate` of the result by hand."
-        )
+    if "siging" in (kernel := str(given.get("chunkwise_kernel"))):
+        # The package has no step for these kernels and runs another function at T = 1.
+        raise ValueError(f"`chunkwise_kernel` must have an exponential input gate; got {kernel!r}. Name another.")
     bias = fields.get("use_bias", False)
     return XLSTMConfig(block_style="large", norm_bias=bias, ffn_bias=bias, **fields)
 
@@ -271,8 +265,8 @@ def _write_large(config: XLSTMConfig, weight_mode: str, family: str = "large") -
 
 def _write_transformers(config: XLSTMConfig, weight_mode: str) -> dict[str, Any]:
     caps = {name: getattr(config, name) or "a number" for name in ("gate_soft_cap", "output_logit_soft_cap")}
-    _refuse("transformers", config, {"add_out_norm": True, **caps})
     written = _write_large(config, weight_mode, "transformers")
+    _refuse("transformers", config, {"add_out_norm": True, **caps})
     return written | {alias: written[name] for name, alias in TRANSFORMERS_ALIASES.items()}
 
 
@@ -391,8 +385,7 @@ def _large_block(config: XLSTMConfig, weight_mode: str) -> Iterator[Link]:
 
 def _model(family: str, config: XLSTMConfig, weights: Weights, weight_mode: str) -> list[Link]:
     """The links of a whole model, the embedding first; a tied head may be in the weights or not."""
-    V, D = config.vocab_size, config.hidden_size
-    embedding, blocks, last_norm = MODULES[family]
+    V, D, (embedding, blocks, last_norm) = config.vocab_size, config.hidden_size, MODULES[family]
     links = list(_links(embedding, {"model.embed_tokens": (V, D)}))
     for i, kind in enumerate(config.block_types or []):
         mlstm = _neurips_mlstm if family == "neurips" else _large_block
@@ -452,8 +445,7 @@ def convert_from(family: str, config: Mapping[str, Any], weights: Weights) -> tu
             as the vanilla or the CUDA backend does.
 
     Returns:
-        config: a new configuration.
-        weights: our names; tensors that need no change are those passed in, none of which is modified.
+        result: configuration, and weights by our names; tensors that need no change are those passed in, none modified.
 
     Raises:
         ValueError: the family is unknown, our models cannot express the configuration, or tensors are unused, missing
@@ -467,7 +459,7 @@ def convert_from(family: str, config: Mapping[str, Any], weights: Weights) -> tu
         weight_mode = "cuda"
     links = _model(family, ours, weights, weight_mode)
     if family == "transformers" and ours.use_bias and weights:
-        # Its last norm never has a bias, whatever the configuration says.
+        # Its last norm never has a bias.
         weights = {**weights, LAST_BIAS: next(iter(weights.values())).new_zeros(ours.hidden_size)}
     _check(weights, {link.theirs: link.official_shape for link in links}, ours.tie_word_embeddings)
     return ours, {name: x for link in links for name, x in link.split(weights[link.theirs]).items()}
@@ -487,9 +479,8 @@ def convert_to(
         weight_mode: "single" or "fused" projections, of the large and transformers families.
 
     Returns:
-        config: the official configuration as a dictionary.
-        weights: official names; sLSTM cells as the vanilla backend stores them. Tensors that need no change are those
-            passed in, none of which is modified.
+        result: official configuration, and weights by official names, sLSTM cells as the vanilla backend stores them;
+            tensors that need no change are those passed in, none modified.
 
     Raises:
         ValueError: the family or weight mode is unknown, the family cannot express the model, or tensors are unused,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -75,6 +76,11 @@ class XLSTMPreTrainedModel(PreTrainedModel):
             self._init_slstm(module)
         elif isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ == "HeadwiseLinear":
             self._init_projection(module, small)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Transformers passes over custom code's modules that have no parameter, or no missing one, of their own; ours
+        # initialise their children, and through `init` only, which leaves loaded weights alone.
+        super()._initialize_weights(module, is_custom_code=False)
 
     def _init_projection(self, module: Any, std: float) -> None:
         init.normal_(module.weight, mean=0.0, std=std)
@@ -222,9 +228,28 @@ def warn_unused(kwargs: dict[str, Any]) -> None:
         logger.warning_once(f"An xLSTM has no use for {unused}: ignored.")
 
 
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Transformers' `ForCausalLMLoss`, but logits wider than float32 stay as wide as they are."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(-1, vocab_size)
+    targets = shift_labels.reshape(-1).to(logits.device)
+    loss: Tensor = fixed_cross_entropy(logits, targets, num_items_in_batch, ignore_index, **kwargs)
+    return loss
+
+
 class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
     """xLSTM language model: next-token logits, with a soft cap if the configuration has one."""
 
+    _loss_function = staticmethod(causal_lm_loss)
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: XLSTMConfig):
@@ -249,9 +274,10 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and the loss if labels are given.
 
-        Arguments are those of `XLSTMModel.forward`, and: `labels`, token ids to predict, [B, T], shifted here, -100
-        left out; `logits_to_keep`, logits of the last so many tokens only, or of the given positions, 0 for all;
-        `num_items_in_batch`, what the loss is divided by under gradient accumulation.
+        Arguments are those of `XLSTMModel.forward`, and: `labels`, token ids to predict, [B, T], shifted here: each
+        token predicts the next real one of its document, -100 and padding left out; `logits_to_keep`, logits of the
+        last so many tokens only, or of the given positions, 0 for all; `num_items_in_batch`, what the loss is divided
+        by under gradient accumulation.
 
         Returns:
             output: with `loss`, `logits` [B, T or fewer, vocab_size], `past_key_values` and `hidden_states`.
@@ -270,7 +296,9 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         logits = soft_cap(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.output_logit_soft_cap)
         loss = None
         if labels is not None:
-            labels = self._mask_document_starts(labels, attention_mask, kwargs)
+            packing = {name: kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "position_ids")}
+            if "shift_labels" not in loss_kwargs:
+                loss_kwargs["shift_labels"] = self._next_real_tokens(labels, attention_mask, packing)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -279,15 +307,24 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def _mask_document_starts(self, labels: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-        """No token predicts the first one of the next packed document."""
-        packing = {name: kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "position_ids")}
-        if all(value is None for value in packing.values()):
-            return labels
+    def _next_real_tokens(
+        self, labels: Tensor, attention_mask: Tensor | None, packing: dict[str, Tensor | None]
+    ) -> Tensor | None:
+        """What each position predicts, [B, T]: the next real token of the same document, else -100.
+
+        None without padding and packing, where it is the next column.
+        """
         B, T = labels.shape
         mask = None if attention_mask is None else attention_mask[:, -T:]
         layout = lay_out_tokens((B, T), 0, mask, **packing)
-        return labels if layout.reset is None else labels.masked_fill(layout.unpack(layout.reset), -100)
+        if layout.lengths is None and layout.reset is None:
+            return None
+        targets = layout.pack(labels)
+        if layout.lengths is not None:
+            targets = targets.masked_fill(torch.arange(T, device=labels.device) >= layout.lengths[:, None], -100)
+        if layout.reset is not None:
+            targets = targets.masked_fill(layout.reset, -100)
+        return layout.unpack(nn.functional.pad(targets[:, 1:], (0, 1), value=-100))
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -303,11 +340,19 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = XLSTMCache(self.config)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,  # Transformers looks for this name here
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As in Transformers; decoding steps are given no mask, for all their tokens are real."""
-        kwargs["is_first_iteration"] = is_first_iteration
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc,arg-type]
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids,  # type: ignore[arg-type]
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
         if not is_first_iteration and inputs.get("past_key_values") is not None:
             inputs.pop("attention_mask", None)
         # Transformers makes position ids for every model whose forward takes keywords; there are no positions here.

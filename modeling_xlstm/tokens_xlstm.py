@@ -93,7 +93,7 @@ def _real_tokens(attention_mask: Tensor | None, size: tuple[int, int], past: int
             f"padding; got shape {tuple(attention_mask.shape)}. Masks between pairs of tokens do not apply."
         )
     real = attention_mask[:, -T:] != 0
-    return None if bool(real.all()) else real
+    return None if _known(real.all()) else real
 
 
 def _per_token(name: str, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -123,10 +123,15 @@ def _agreed_starts(starts: dict[str, Tensor], lengths: Tensor | None) -> Tensor 
         starts = {name: start & real for name, start in starts.items()}
     first = starts[name]
     for other, start in starts.items():
-        if not torch.equal(start, first):
+        if _known((start != first).any()):
             row, token = (start != first).nonzero()[0].tolist()
             raise ValueError(
                 f"`{name}` and `{other}` disagree whether a document begins at real token {token + 1} of row {row}. "
                 "Pass one of them, or make them agree."
             )
-    return torch.nn.functional.pad(first, (1, 0)) if bool(first.any()) else None
+    return None if _known(~first.any()) else torch.nn.functional.pad(first, (1, 0))
+
+
+def _known(condition: Tensor) -> bool:
+    """Whether a shortcut may be taken; a traced graph must serve every value, so it never may there."""
+    return not torch.compiler.is_compiling() and bool(condition)

@@ -35,15 +35,14 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tokenizers
 import torch
 import transformers
-from accelerate import PartialState
 from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -60,13 +59,16 @@ from transformers import (
 )
 from write_card import write_card
 
+if TYPE_CHECKING:
+    from modeling_xlstm import XLSTMForCausalLM
+
 PACKAGE = "modeling_xlstm"
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = 'class Stack:\n    """A last-in, first-out stack."""\n\n    def __init__(self'
 
-# The recipe: best bits per byte on held-out files in the time of a coffee on 2 cores; docs/log.md has what else was tried.
-MODEL = {"num_hidden_layers": 4, "num_heads": 4, "block_style": "residual", "slstm_at": [1]}
-TRAINING = {
+# The recipe, chosen for the fewest bits per byte of held-out files after minutes on 2 cores.
+MODEL: dict[str, Any] = {"num_hidden_layers": 4, "num_heads": 4, "block_style": "residual", "slstm_at": [1]}
+TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "learning_rate": 3e-3,
     "warmup_steps": 30,
@@ -74,13 +76,13 @@ TRAINING = {
     "weight_decay": 0.1,
     "adam_beta2": 0.95,
 }
-SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
 BLOCK_TOKENS = 256
 HELD_OUT_ONE_IN = 32
 HELD_OUT_BYTES = 256 * 1024
 END, PAD = "<|endoftext|>", "<|padding|>"
 
-# Bulk that is no everyday Python: test data, character tables, generated files, an application, other people's packages.
+# Bulk that is no everyday Python: tests, character tables, generated files, an application, other people's packages.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo"}
 SKIPPED_FOLDERS |= {"site-packages", "dist-packages"}
 SKIPPED_FILES = ("_sysconfigdata",)
@@ -106,7 +108,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, ids: Tensor):
-        self.blocks = ids.unfold(0, BLOCK_TOKENS, BLOCK_TOKENS - 1) if len(ids) >= BLOCK_TOKENS else ids.view(-1, 0)[:0]
+        self.blocks = ids.unfold(0, BLOCK_TOKENS, BLOCK_TOKENS - 1)  # [blocks, BLOCK_TOKENS]
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -118,6 +120,9 @@ class Blocks(Dataset[dict[str, Tensor]]):
 class LossBar(ProgressCallback):
     """Transformers' progress bar with the loss in it, instead of a line per log entry."""
 
+    training_bar: Any
+    prediction_bar: Any
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self.current_step = state.global_step
@@ -125,23 +130,29 @@ class LossBar(ProgressCallback):
             self.training_bar.set_description("Training")
             self.training_bar.initial = self.training_bar.n = state.global_step
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_prediction_step(args, state, control, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description("Held out")
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and "loss" in logs:
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
 
 
 class QuickstartTrainer(Trainer):
-    """Weight decay on the matrices only: not on norms, skips, embeddings, or the biases of gates, which are matrices too."""
+    """Weight decay on matrices only: not on norms, embeddings or biases; those of sLSTM gates have several dims too."""
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         named = model.named_parameters()
         return [name for name, x in named if x.dim() > 1 and "bias" not in name and "embed" not in name]
 
 
 def read_standard_library() -> Text:
-    """The source files of the Python that runs this, in the order of their names; some held out by a checksum of theirs."""
+    """The sources of the Python that runs this, in the order of their names; a checksum of these holds some out."""
     folder = Path(sysconfig.get_path("stdlib"))
-    train, held_out = [], []
+    train: list[str] = []
+    held_out: list[str] = []
     for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py")):
         parts = name.split("/")
         if SKIPPED_FOLDERS & set(parts) or parts[-1].startswith(SKIPPED_FILES):
@@ -153,11 +164,11 @@ def read_standard_library() -> Text:
         if text.strip():
             (train if zlib.crc32(name.encode()) % HELD_OUT_ONE_IN else held_out).append(text)
     if not train or not held_out:
-        raise WrongInput(f"Python's standard library has no source files in {folder}. Train on your own with --text FILE...")
+        raise WrongInput(f"Python's standard library has no sources in {folder}. Train on your own with --text FILE...")
     about = (
-        f"Python {platform.python_version()}'s standard library (PSF license), {len(train) + len(held_out)} source files as "
-        f"installed, without tests, character tables and IDLE. Held out: {len(held_out)} files, chosen by a checksum of "
-        "their names."
+        f"The standard library of Python {platform.python_version()} (PSF license), {len(train) + len(held_out)} files: "
+        "all its sources but tests, character tables, IDLE and what is not UTF-8. "
+        f"Held out: {len(held_out)} files, chosen by a checksum of their names."
     )
     return Text(train, held_out, about)
 
@@ -167,12 +178,14 @@ def read_files(paths: Sequence[Path]) -> Text:
     train, held_out = [], []
     for path in paths:
         if not path.is_file():
-            raise WrongInput(f"`--text` must name files; {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
+            what = "is a folder" if path.is_dir() else f"does not exist in {Path.cwd()}"
+            raise WrongInput(f"`--text` must name files; {path} {what}. Check the path.")
         try:
             text = path.read_text("utf-8")
         except UnicodeDecodeError as error:
             raise WrongInput(
-                f"`--text` must name UTF-8 text; {path} has other bytes at {error.start}. Convert it, for example with iconv."
+                f"`--text` must name UTF-8 text; {path} has other bytes at position {error.start}. "
+                "Convert it, for example with iconv."
             ) from error
         if not text.strip():
             raise WrongInput(f"`--text` must name files with text in them; {path} is empty. Leave it out.")
@@ -206,24 +219,28 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
-    """All texts as one stream of ids, an end token before the first and after each, [tokens]."""
+def make_blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Blocks:
+    """Cut texts into blocks, an end token before the first text and after each."""
     ids = [tokenizer.eos_token_id]
     for text_ids in tokenizer(list(texts), verbose=False).input_ids:
-        ids += text_ids
-        ids.append(tokenizer.eos_token_id)
-    return torch.tensor(ids)
+        ids += [*text_ids, tokenizer.eos_token_id]
+    if len(ids) < BLOCK_TOKENS:
+        raise WrongInput(
+            f"`--text` must fill a block of {BLOCK_TOKENS} tokens to train on and another to be held out; one of them "
+            f"got {len(ids)} tokens ({count_bytes(texts):,} bytes). Add files, or a longer one."
+        )
+    return Blocks(torch.tensor(ids))
 
 
 def bits_per_byte(loss: float, blocks: Blocks, tokenizer: PreTrainedTokenizerBase) -> float:
-    """A loss in nats per token, as bits per byte of the text that the predicted tokens stand for; an end token is none."""
+    """A loss in nats per token as bits per byte of the text that the predicted tokens spell; end tokens spell none."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     lengths = torch.tensor([0 if token in (END, PAD) else len(token) for token in tokens])
     predicted = blocks.blocks[:, 1:]
     return loss / math.log(2) * predicted.numel() / int(lengths[predicted].sum())
 
 
-def describe(arguments: argparse.Namespace, text: Text) -> dict[str, Any]:
+def describe(arguments: argparse.Namespace, text: Text, processes: int) -> dict[str, Any]:
     """What makes a run this run and no other: resuming it under any other description would give another model."""
     digest = hashlib.sha256()
     for part in (*text.train, *text.held_out):
@@ -239,14 +256,14 @@ def describe(arguments: argparse.Namespace, text: Text) -> dict[str, Any]:
         "block_tokens": BLOCK_TOKENS,
         "model": MODEL,
         "training": TRAINING,
-        "processes": PartialState().num_processes,
+        "processes": processes,
     }
 
 
-def open_run(arguments: argparse.Namespace, text: Text) -> None:
+def open_run(arguments: argparse.Namespace, text: Text, processes: int) -> None:
     """Make the folder of this run, or recognise it; raise WrongInput if it holds anything else."""
     folder, file = arguments.out, arguments.out / "run.json"
-    run = describe(arguments, text)
+    run = describe(arguments, text, processes)
     if file.is_file() and not arguments.restart:
         before = json.loads(file.read_text("utf-8"))["run"]
         changed = [f"{name}: {before.get(name)}, now {run[name]}" for name in run if run[name] != before.get(name)]
@@ -273,6 +290,11 @@ def write_run(folder: Path, run: dict[str, Any], card: dict[str, Any]) -> None:
 
 def card_words(arguments: argparse.Namespace, text: Text) -> dict[str, Any]:
     """What the model card says beside the numbers of the training."""
+    versions = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     found = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -281,35 +303,38 @@ def card_words(arguments: argparse.Namespace, text: Text) -> dict[str, Any]:
     return {
         "name": arguments.out.resolve().name,
         "license": "other",
-        "summary": f"A small xLSTM language model of {subject}, trained in minutes by scripts/quickstart.py of xlstm-transformers.",
+        "summary": f"A small xLSTM language model of {subject}, trained by xlstm-transformers' scripts/quickstart.py.",
         "data": text.about,
         "train_bytes": count_bytes(text.train),
         "eval_bytes": count_bytes(text.held_out),
         "command": f"python scripts/quickstart.py {given}".rstrip(),
-        "machine": gpu or f"{torch.get_num_threads()} CPU threads ({platform.system()} {platform.machine()})",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
+        "machine": gpu or f"CPU ({platform.machine()}, threads: {torch.get_num_threads()})",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "commit": found.stdout.strip() if found and found.returncode == 0 else "unknown",
         "date": datetime.date.today().isoformat(),
         "prompt": arguments.prompt,
-        "limits": f"Its text has the look of what it was trained on, not the sense. It was trained on blocks of {BLOCK_TOKENS} "
-        "tokens, each from an empty state, and bits per byte are measured in the same way.",
+        "limits": "Its text has the look of what it was trained on, not the sense. It was trained on blocks of "
+        f"{BLOCK_TOKENS} tokens, each from an empty state, and its bits per byte are measured in the same way.",
     }
 
 
 def load_or_train_tokenizer(folder: Path, text: Text, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The tokenizer of this run; the first process of several makes it."""
-    with PartialState().main_process_first():
-        if not (folder / "tokenizer_config.json").is_file():
-            train_tokenizer(text.train, vocab_size).save_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder)
+    """The tokenizer in the folder, which is there or it is not: renaming it into place leaves no half of one."""
+    if not folder.is_dir():
+        unfinished = folder.with_suffix(".unfinished")
+        train_tokenizer(text.train, vocab_size).save_pretrained(unfinished)
+        unfinished.replace(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
-def make_model(tokenizer: PreTrainedTokenizerBase, hidden_size: int) -> nn.Module:
+def make_model(tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace) -> XLSTMForCausalLM:
     # Imported here and nowhere else: the process that shows the completion must do without the package.
     from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
 
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model = XLSTMForCausalLM(XLSTMConfig(vocab_size=len(tokenizer), hidden_size=hidden_size, **MODEL, **ids))
+    set_seed(arguments.seed)
+    config = XLSTMConfig(vocab_size=len(tokenizer), hidden_size=arguments.hidden_size, **MODEL, **ids)
+    model = XLSTMForCausalLM(config)
     model.generation_config = GenerationConfig(**SAMPLING, **ids)
     return model
 
@@ -336,81 +361,72 @@ def training_arguments(arguments: argparse.Namespace) -> TrainingArguments:
     )
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end; one that was not is deleted."""
-    steps = {int(path.name.rsplit("-", 1)[1]): path for path in folder.glob("checkpoint-*")}
-    for step in sorted(steps, reverse=True):
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that was written to its end; later ones that were not are deleted."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         try:
             # Trainer writes this file last.
-            TrainerState.load_from_json(str(steps[step] / "trainer_state.json"))
+            TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         except (FileNotFoundError, json.JSONDecodeError):
-            shutil.rmtree(steps[step])
+            shutil.rmtree(checkpoint)
         else:
-            return str(steps[step])
+            return checkpoint
     return None
 
 
-def make_trainer(arguments: argparse.Namespace, text: Text, tokenizer: PreTrainedTokenizerBase) -> QuickstartTrainer:
-    train, held_out = (Blocks(encode(tokenizer, texts)) for texts in (text.train, text.held_out))
-    if not len(train) or not len(held_out):
-        raise WrongInput(
-            f"`--text` must fill a block of {BLOCK_TOKENS} tokens to train on and one to be held out; got "
-            f"{count_bytes(text.train)} and {count_bytes(text.held_out)} bytes. Add files, or a longer one."
-        )
-    set_seed(arguments.seed)
-    model = make_model(tokenizer, arguments.hidden_size)
+def train(arguments: argparse.Namespace, text: Text, settings: TrainingArguments) -> None:
+    """Train, judge and save: model, tokenizer and card in the folder of the run."""
+    say = print if settings.process_index == 0 else silent
+    with settings.main_process_first():
+        checkpoint = last_checkpoint(arguments.out / "checkpoints")
+        tokenizer = load_or_train_tokenizer(arguments.out / "checkpoints" / "tokenizer", text, arguments.vocab_size)
+    blocks, held_out = (make_blocks(tokenizer, texts) for texts in text[:2])
+    say(f"Tokenizer  {len(tokenizer):,} tokens; {len(blocks):,} blocks of {BLOCK_TOKENS}, {len(held_out):,} held out")
+    model = make_model(tokenizer, arguments)
+    say(f"Model      {model.num_parameters():,} parameters; blocks: {', '.join(model.config.block_types or [])}")
     trainer = QuickstartTrainer(
-        model, training_arguments(arguments), train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+        model, settings, train_dataset=blocks, eval_dataset=held_out, processing_class=tokenizer
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossBar())
-    return trainer
 
-
-def train(arguments: argparse.Namespace, text: Text) -> None:
-    """Train, judge and save: model, tokenizer and card in the folder of the run."""
-    say, folder = PartialState().print, arguments.out
-    tokenizer = load_or_train_tokenizer(folder, text, arguments.vocab_size)
-    trainer = make_trainer(arguments, text, tokenizer)
-    tokens = sum(len(blocks) for blocks in (trainer.train_dataset, trainer.eval_dataset)) * (BLOCK_TOKENS - 1)
-    say(f"Tokenizer  {len(tokenizer):,} tokens, {(count_bytes(text.train) + count_bytes(text.held_out)) / tokens:.2f} bytes each")
-    size = sum(x.numel() for x in trainer.model.parameters())
-    say(f"Model      {size / 1e6:.1f} M parameters, blocks: {', '.join(trainer.model.config.block_types)}")
-
-    checkpoint = last_checkpoint(folder / "checkpoints")
-    resumed_at = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
-    if checkpoint:
-        say(f"Resuming   at step {resumed_at} of {arguments.steps}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is not None:
+        say(f"Resuming   at step {step_of(checkpoint):,} of {arguments.steps:,}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     loss = trainer.evaluate()["eval_loss"]
-    bits = bits_per_byte(loss, trainer.eval_dataset, tokenizer)
-    trainer.log({"eval_bits_per_byte": bits, "resumed_at_step": resumed_at})
+    bits = bits_per_byte(loss, held_out, tokenizer)
+    trainer.log({"eval_bits_per_byte": bits, "resumed_at_step": 0 if checkpoint is None else step_of(checkpoint)})
+    trainer.save_model(str(arguments.out))
+    if settings.process_index == 0:
+        finish(trainer.state, model, arguments.out)
     say(f"Held out   loss {loss:.3f} nats per token, {bits:.3f} bits per byte")
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        finish(trainer, folder)
+    say(f"Saved      {arguments.out}: model, its code, tokenizer and card (README.md)")
 
 
-def finish(trainer: Trainer, folder: Path) -> None:
+def finish(state: TrainerState, model: XLSTMForCausalLM, folder: Path) -> None:
     """Write the facts and the card; what was kept for an interruption goes."""
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
-    notes = json.loads((folder / "run.json").read_text("utf-8"))
+    state.save_to_json(str(folder / "trainer_state.json"))
     with torch.no_grad():
-        one_token = torch.zeros(1, 1, dtype=torch.long, device=trainer.model.device)
-        cache = trainer.model.eval()(one_token, use_cache=True).past_key_values
-    write_run(folder, notes["run"], {**notes["card"], "state_bytes": cache.size_in_bytes()})
+        output = model.eval()(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
+    notes = json.loads((folder / "run.json").read_text("utf-8"))
+    write_run(folder, notes["run"], {**notes["card"], "state_bytes": output.past_key_values.size_in_bytes()})
     write_card(folder)
     shutil.rmtree(folder / "checkpoints")
-    print(f"Saved      {folder}: model, its code, tokenizer, card (README.md)")
 
 
 def complete_in_fresh_process(arguments: argparse.Namespace) -> None:
     """Run this file again, elsewhere, with the package out of reach and an empty cache of remote code."""
     with tempfile.TemporaryDirectory() as empty:
-        command = [sys.executable, str(Path(__file__).resolve()), "--only_complete", "--out", str(arguments.out.resolve())]
-        command += ["--prompt", arguments.prompt, "--max_new_tokens", str(arguments.max_new_tokens)]
-        command += ["--seed", str(arguments.seed)]
+        command = [sys.executable, str(Path(__file__).resolve()), "--only_complete"]
+        for name in ("prompt", "max_new_tokens", "seed"):
+            command += [f"--{name}", str(getattr(arguments, name))]
+        command += ["--out", str(arguments.out.resolve())]
         places = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(empty) / "modules")}
+        sys.stdout.flush()
         subprocess.run(command, check=True, cwd=empty, env={**os.environ, **places})
 
 
@@ -418,9 +434,9 @@ def complete(arguments: argparse.Namespace) -> None:
     """Load the checkpoint as anyone would who has only the checkpoint, and stream a completion."""
     # None makes every import of the package fail.
     sys.modules[PACKAGE] = None  # type: ignore[assignment]
-    transformers.utils.logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.out)
-    model = AutoModelForCausalLM.from_pretrained(arguments.out, trust_remote_code=True)
+    # The flag keeps Transformers from asking, for it looks at the model's configuration here too.
+    tokenizer = AutoTokenizer.from_pretrained(arguments.out, trust_remote_code=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.out, trust_remote_code=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     source = Path(sys.modules[type(model).__module__].__file__ or "")
     assert (ROOT / PACKAGE) not in source.resolve().parents, f"the model's code came from the package: {source}"
@@ -438,21 +454,22 @@ def complete(arguments: argparse.Namespace) -> None:
     new_tokens = output.sequences.shape[1] - inputs.input_ids.shape[1]
     speed = new_tokens / (time.perf_counter() - start)
     size = output.past_key_values.size_in_bytes()
-    print(f"\n{new_tokens} tokens, {speed:.0f} tokens/s; the state takes {size:,} bytes, whatever the length of the text.")
+    print(f"\n{new_tokens} tokens, {speed:.0f} tokens/s. The state takes {size:,} bytes however long the text is.")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a small xLSTM on this machine's own Python sources, or on your text.")
-    parser.add_argument("--out", type=Path, default=Path("xlstm-quickstart"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="train on these UTF-8 files instead")
-    parser.add_argument("--steps", type=positive, default=500, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data order and sampling (default: %(default)s)")
-    parser.add_argument("--hidden_size", type=positive, default=256, help="width of the model (default: %(default)s)")
-    parser.add_argument("--vocab_size", type=positive, default=4096, help="tokens, at most (default: %(default)s)")
-    parser.add_argument("--prompt", default=PROMPT, help="text to complete")
-    parser.add_argument("--max_new_tokens", type=positive, default=200, help="of the completion (default: %(default)s)")
-    parser.add_argument("--restart", action="store_true", help="delete the run in --out and train anew")
-    parser.add_argument("--only_complete", action="store_true", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="Train a small xLSTM on Python's own source code, or on your text.")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("xlstm-quickstart"), help="folder to write (default: %(default)s)")
+    add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="train on these UTF-8 files instead")
+    add("--steps", type=positive, default=500, help="optimizer steps (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, data order and sampling (default: %(default)s)")
+    add("--hidden_size", type=positive, default=256, help="width of the model (default: %(default)s)")
+    add("--vocab_size", type=positive, default=4096, help="tokens, at most (default: %(default)s)")
+    add("--prompt", default=PROMPT, help="text to complete")
+    add("--max_new_tokens", type=positive, default=200, help="of the completion (default: %(default)s)")
+    add("--restart", action="store_true", help="delete the run in --out and train anew")
+    add("--only_complete", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -464,28 +481,38 @@ def positive(word: str) -> int:
     return number
 
 
+def silent(*words: object) -> None:
+    """What all processes but the first print."""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    settings = training_arguments(arguments)
+    say = print if settings.process_index == 0 else silent
+    text = read_files(arguments.text) if arguments.text else read_standard_library()
+    sizes = [f"{count_bytes(texts) / 1e6:.2f} MB" for texts in text[:2]]
+    say(f"Text       {sizes[0]}, and {sizes[1]} held out")
+    with settings.main_process_first():
+        if settings.process_index == 0:
+            open_run(arguments, text, settings.world_size)
+    if (arguments.out / "README.md").is_file():
+        say(f"Trained    already, in {arguments.out}; --restart trains anew")
+    else:
+        train(arguments, text, settings)
+    if settings.process_index == 0:
+        complete_in_fresh_process(arguments)
+
+
 def main() -> None:
     arguments = parse()
-    if arguments.only_complete:
-        complete(arguments)
-        return
-    say, is_main = PartialState().print, PartialState().is_main_process
+    # Bars of single files; that of the training stays.
+    transformers.utils.logging.disable_progress_bar()
     try:
-        text = read_files(arguments.text) if arguments.text else read_standard_library()
-        say(f"Text       {count_bytes(text.train) / 1e6:.2f} MB, and {count_bytes(text.held_out) / 1e6:.2f} MB held out")
-        if is_main:
-            open_run(arguments, text)
-        PartialState().wait_for_everyone()
-        if (arguments.out / "README.md").is_file():
-            say(f"Trained    already, {arguments.out}; --restart trains anew")
-        else:
-            train(arguments, text)
+        complete(arguments) if arguments.only_complete else run(arguments)
     except WrongInput as error:
         raise SystemExit(f"quickstart.py: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("\nInterrupted. The same command goes on from the last checkpoint.") from None
-    if is_main:
-        complete_in_fresh_process(arguments)
+        print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

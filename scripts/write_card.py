@@ -4,8 +4,8 @@ Laptop, one GPU or many GPUs, for no model is run:
 
     python scripts/write_card.py xlstm-quickstart
 
-The folder must hold `config.json`, `model.safetensors`, `trainer_state.json` (losses, steps, speed) and `run.json`, whose
-"card" says what no number can: name, summary, data, command, machine, limits. scripts/quickstart.py leaves all four.
+The folder must hold `config.json`, weights, `trainer_state.json` (losses, steps, seconds) and `run.json`, whose "card"
+says what no other file can: name, summary, data, command, machine, limits. scripts/quickstart.py leaves all of them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def card_facts(folder: Path) -> dict[str, str]:
         "prompt": json.dumps(card["prompt"], ensure_ascii=False)[1:-1],
         "train_bytes": f"{card['train_bytes']:,}",
         "eval_bytes": f"{card['eval_bytes']:,}",
-        "parameters": f"{_count_parameters(folder / 'model.safetensors'):,}",
+        "parameters": f"{_count_parameters(folder):,}",
         "state_bytes": f"{card['state_bytes']:,}",
         "block_types": ", ".join(config["block_types"]),
         "hidden_size": str(config["hidden_size"]),
@@ -87,15 +87,21 @@ def _duration(state: Mapping[str, Any], logs: Mapping[str, Any]) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path} is needed to write a card and does not exist. Give the folder of a finished training.")
+        raise ValueError(f"A card needs {path}, which does not exist. Give the folder of a finished training.")
     return dict(json.loads(path.read_text("utf-8")))
 
 
-def _count_parameters(path: Path) -> int:
-    if not path.is_file():
-        raise ValueError(f"{path} is needed to count parameters and does not exist. Give the folder of a checkpoint.")
-    with safe_open(path, framework="pt") as weights:
-        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+def _count_parameters(folder: Path) -> int:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"A card needs weights, and {folder} has no *.safetensors. Give the folder of a finished training."
+        )
+    count = 0
+    for path in files:
+        with safe_open(path, framework="pt") as weights:
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return count
 
 
 def main() -> None:

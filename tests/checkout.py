@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "modeling_xlstm"
-_LEFT_BY_TOOLS = {".git", ".venv", "__pycache__", "build", "dist", "out"}
+_LEFT_BY_TOOLS = {".git", ".venv", "__pycache__", "build", "dist", "out", "xlstm-quickstart"}
 
 
 def tracked_files() -> list[str]:

@@ -1,0 +1,148 @@
+"""XLSTMCache: every operation of a Transformers cache, exact on states of fixed size."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from inputs import STYLES, rows, tiny_model, tokens
+from tolerances import assert_identical, assert_same
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+
+from modeling_xlstm import XLSTMCache, XLSTMForCausalLM
+
+every_style = pytest.mark.parametrize("style", STYLES)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def filled(style: str, B: int = 3) -> tuple[Any, torch.Tensor, XLSTMCache]:
+    model, ids = tiny_model(XLSTMForCausalLM, style), tokens(B, 6)
+    return model, ids, model(ids).past_key_values
+
+
+def states(cache: XLSTMCache) -> Any:
+    return rows(cache.states, slice(None))
+
+
+def test_it_is_a_cache_of_linear_attention_layers() -> None:
+    cache = filled("large")[2]
+    assert isinstance(cache, Cache)
+    assert all(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+    assert cache.is_linear == [True] * 3
+    assert len(cache) == 3
+    assert cache.get_max_length() == -1
+
+
+def test_it_counts_the_tokens_it_has_seen() -> None:
+    model, ids, cache = filled("large")
+    assert cache.get_seq_length() == 6
+    model(ids[:, :2], past_key_values=cache)
+    assert cache.get_seq_length() == 8
+    assert cache.get_mask_sizes(3) == (11, 0)
+
+
+def test_an_empty_cache_says_so() -> None:
+    model = tiny_model(XLSTMForCausalLM)
+    cache = XLSTMCache(model.config)
+    assert cache.states == [None] * 3
+    assert (cache.get_seq_length(), cache.batch_size, cache.size_in_bytes()) == (0, -1, 0)
+    assert not cache.has_previous_state()
+    for operate in (lambda: cache.reorder_cache(torch.tensor([0])), lambda: cache.to("cpu"), cache.reset):
+        operate()
+    assert cache.states == [None] * 3
+
+
+@every_style
+def test_has_previous_state_is_told_without_a_convolution_too(style: str) -> None:
+    cache = filled(style)[2]
+    assert cache.has_previous_state()
+    assert all(cache.has_previous_state(i) for i in range(3))
+    assert cache.get_recurrent_state(0) is not None
+    assert cache.batch_size == 3
+
+
+@every_style
+@pytest.mark.parametrize("operation", ["reorder_cache", "batch_select_indices"])
+def test_rows_can_be_reordered_dropped_and_repeated(style: str, operation: str) -> None:
+    model, ids, cache = filled(style)
+    index = torch.tensor([2, 0, 0, 1])
+    getattr(cache, operation)(index)
+    assert_same(states(cache), states(model(ids[index]).past_key_values))
+    following = model(tokens(4, 2), past_key_values=cache)
+    assert following.logits.shape[0] == cache.batch_size == 4
+
+
+@every_style
+def test_rows_can_be_repeated_in_place(style: str) -> None:
+    model, ids, cache = filled(style)
+    cache.batch_repeat_interleave(2)
+    assert_same(states(cache), states(model(ids.repeat_interleave(2, 0)).past_key_values))
+
+
+@every_style
+def test_reset_gives_a_fresh_start(style: str) -> None:
+    model, ids, cache = filled(style)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert_identical(model(ids, past_key_values=cache).logits, model(ids).logits)
+
+
+@every_style
+def test_a_copy_goes_its_own_way(style: str) -> None:
+    model, ids, cache = filled(style)
+    before = [tuple(x.clone() for x in layer) for layer in states(cache)]
+    other = copy.deepcopy(cache)
+    model(ids, past_key_values=other)
+    assert_identical(states(cache), before)
+    assert (cache.get_seq_length(), other.get_seq_length()) == (6, 12)
+
+
+@every_style
+def test_states_handed_out_are_never_written_to(style: str) -> None:
+    model, ids, cache = filled(style)
+    held = states(cache)
+    before = [tuple(x.clone() for x in layer) for layer in held]
+    model(ids, past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 1, 1]))
+    cache.reset()
+    assert_identical(held, before)
+
+
+@every_style
+def test_layers_can_be_offloaded_and_come_back_by_themselves(style: str) -> None:
+    model, ids, cache = filled(style)
+    expected = model(ids, past_key_values=copy.deepcopy(cache)).logits
+    for i in range(len(cache)):
+        cache.offload(i)
+    assert_identical(model(ids, past_key_values=cache).logits, expected)
+
+
+def test_it_moves_between_devices() -> None:
+    cache = filled("neurips")[2].to("meta")
+    assert {x.device.type for layer in states(cache) for x in layer} == {"meta"}
+
+
+def test_detached_states_have_no_history() -> None:
+    model = tiny_model(XLSTMForCausalLM)
+    with torch.enable_grad():
+        cache = model(tokens(1, 3)).past_key_values
+        assert any(x.requires_grad for layer in states(cache) for x in layer)
+        cache.detach_()
+    assert not any(x.requires_grad for layer in states(cache) for x in layer)
+
+
+@every_style
+def test_a_prompt_can_be_forked_to_many_continuations(style: str) -> None:
+    model, prompt = tiny_model(XLSTMForCausalLM, style), tokens(1, 5)
+    cache = model(prompt).past_key_values
+    cache.batch_repeat_interleave(4)
+    ends = tokens(4, 3)
+    whole = model(torch.cat([prompt.expand(4, -1), ends], 1)).logits[:, 5:]
+    assert_same(model(ends, past_key_values=cache).logits, whole)

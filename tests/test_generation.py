@@ -1,0 +1,179 @@
+"""generate(): every way of decoding gives what a cache-free full forward gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from inputs import STYLES, tiny_model, tokens
+from tolerances import assert_same
+from torch import Tensor
+from transformers import LogitsProcessor, TextIteratorStreamer
+
+from modeling_xlstm import XLSTMCache, XLSTMForCausalLM
+
+every_style = pytest.mark.parametrize("style", STYLES)
+NEW = 7
+
+
+def left_padded() -> tuple[Tensor, Tensor]:
+    ids, mask = tokens(3, 6), torch.ones(3, 6, dtype=torch.long)
+    mask[1, :3] = 0
+    mask[2, :1] = 0
+    return ids * mask, mask
+
+
+def greedy(model: Any, ids: Tensor, steps: int = NEW) -> Tensor:
+    """The definition: the whole text again for every token."""
+    for _ in range(steps):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return ids
+
+
+def decode(model: Any, ids: Tensor | None = None, **options: Any) -> Any:
+    # Without an end token every row has the full length, so that all outputs can be compared.
+    fixed = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(ids, **{**fixed, **options})
+
+
+@every_style
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_decoding_equals_full_forwards(style: str, use_cache: bool) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, style), tokens(2, 5)
+    assert torch.equal(decode(model, ids, use_cache=use_cache), greedy(model, ids))
+
+
+@every_style
+def test_a_left_padded_row_decodes_as_it_would_alone(style: str) -> None:
+    model, (ids, mask) = tiny_model(XLSTMForCausalLM, style), left_padded()
+    batch = decode(model, ids, attention_mask=mask)
+    for row in range(3):
+        alone = greedy(model, ids[row : row + 1, mask[row].bool()])
+        assert torch.equal(batch[row, 6:], alone[0, -NEW:])
+
+
+@every_style
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5}]
+)
+def test_beam_search_equals_beam_search_without_a_cache(style: str, options: dict[str, Any]) -> None:
+    model, (ids, mask) = tiny_model(XLSTMForCausalLM, style), left_padded()
+    with_cache = decode(model, ids, attention_mask=mask, **options)
+    assert torch.equal(with_cache, decode(model, ids, attention_mask=mask, use_cache=False, **options))
+
+
+@every_style
+def test_beam_search_finds_the_best_of_all_continuations(style: str) -> None:
+    """With as many beams as there are continuations of one token less, nothing can be missed."""
+    model, ids = tiny_model(XLSTMForCausalLM, style, vocab_size=6), torch.randint(3, 6, (1, 4))
+    found = decode(model, ids, num_beams=6, max_new_tokens=2, min_new_tokens=2)
+    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6))
+    logits = model(torch.cat([ids.expand(36, -1), pairs], 1)).logits.log_softmax(-1)
+    scores = logits[:, 3].gather(1, pairs[:, :1]) + logits[:, 4].gather(1, pairs[:, 1:])
+    assert torch.equal(found[0, 4:], pairs[scores[:, 0].argmax()])
+
+
+@every_style
+@pytest.mark.parametrize("options", [{"num_return_sequences": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_sampling_equals_sampling_without_a_cache(style: str, options: dict[str, Any]) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, style), tokens(2, 5)
+    outputs = []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        outputs.append(decode(model, ids, do_sample=True, top_k=20, use_cache=use_cache, **options))
+    assert torch.equal(*outputs)
+    assert len(outputs[0]) == 2 * options["num_return_sequences"]
+
+
+@every_style
+def test_scores_are_the_logits_of_full_forwards(style: str) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, style), tokens(2, 5)
+    out = decode(model, ids, output_logits=True, return_dict_in_generate=True)
+    assert_same(torch.stack(out.logits, 1), model(out.sequences).logits[:, 4:-1].to(out.logits[0].dtype))
+
+
+@every_style
+def test_a_second_turn_continues_from_the_returned_cache(style: str) -> None:
+    model, ids, reply = tiny_model(XLSTMForCausalLM, style), tokens(2, 5), tokens(2, 3)
+    first = decode(model, ids, return_dict_in_generate=True)
+    history = torch.cat([first.sequences, reply], 1)
+    second = decode(model, history, past_key_values=first.past_key_values)
+    assert torch.equal(second, greedy(model, history))
+
+
+@every_style
+def test_a_given_cache_may_come_with_the_new_tokens_only(style: str) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, style), tokens(2, 9)
+    cache = XLSTMCache(model.config)
+    model(ids[:, :5], past_key_values=cache)
+    out = decode(model, ids[:, 5:], past_key_values=cache, attention_mask=torch.ones(2, 9, dtype=torch.long))
+    assert torch.equal(out[:, 4:], greedy(model, ids)[:, 9:])
+
+
+@every_style
+def test_embeddings_can_be_the_prompt(style: str) -> None:
+    model, (ids, mask) = tiny_model(XLSTMForCausalLM, style), left_padded()
+    embeds = model.get_input_embeddings()(ids)
+    out = decode(model, inputs_embeds=embeds, attention_mask=mask)
+    assert torch.equal(out, decode(model, ids, attention_mask=mask)[:, 6:])
+
+
+@every_style
+@pytest.mark.parametrize("chunk", [1, 2, 5, 64])
+def test_a_prompt_prefilled_in_chunks_gives_the_same(style: str, chunk: int) -> None:
+    model, (ids, mask) = tiny_model(XLSTMForCausalLM, style), left_padded()
+    chunked = decode(model, ids, attention_mask=mask, prefill_chunk_size=chunk)
+    assert torch.equal(chunked, decode(model, ids, attention_mask=mask))
+
+
+def test_decoding_steps_feed_one_token() -> None:
+    model, ids, lengths = tiny_model(XLSTMForCausalLM), tokens(2, 5), []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    decode(model, ids)
+    assert lengths == [5] + [1] * (NEW - 1)
+
+
+def test_a_streamer_gets_every_token_in_order() -> None:
+    class Tokenizer:
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return "".join(f"{i} " for i in ids)
+
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(1, 5)
+    streamer = TextIteratorStreamer(Tokenizer())  # type: ignore[arg-type]
+    out = decode(model, ids, streamer=streamer)
+    assert "".join(streamer).split() == [str(i) for i in out[0].tolist()]
+
+
+def test_stopping_at_the_end_token_pads_the_rest() -> None:
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(3, 4)
+    free = greedy(model, ids)
+    end = int(free[0, 6])  # the third new token of the first row ends it
+    out = decode(model, ids, eos_token_id=end, min_new_tokens=0)
+    stop = free[0, 4:].tolist().index(end) + 5
+    assert torch.equal(out[0, :stop], free[0, :stop])
+    assert not out[0, stop:].any()
+
+
+def test_logits_processors_see_the_last_position() -> None:
+    class Only(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            assert scores.shape == (2, 61)
+            return scores.masked_fill(torch.arange(61) != 7, -torch.inf)
+
+    out = decode(tiny_model(XLSTMForCausalLM), tokens(2, 4), logits_processor=[Only()])
+    assert (out[:, 4:] == 7).all()
+
+
+def test_a_cache_implementation_by_name_raises() -> None:
+    with pytest.raises(ValueError, match=r"cache_implementation='static'.*does not apply"):
+        decode(tiny_model(XLSTMForCausalLM), tokens(1, 4), cache_implementation="static")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_decoding_keeps_float32_states(dtype: torch.dtype) -> None:
+    model = tiny_model(XLSTMForCausalLM).to(dtype)
+    out = decode(model, tokens(2, 5), return_dict_in_generate=True)
+    assert {x.dtype for s in out.past_key_values.states for x in s.cell} == {torch.float32}
