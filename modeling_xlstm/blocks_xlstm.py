@@ -7,7 +7,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_xlstm import XLSTMConfig
 from .layers_xlstm import FeedForward, MLSTMLayer, SLSTMLayer, UpMLSTMLayer, block_norm
-from .states_xlstm import LayerState
+from .states_xlstm import Call, LayerState
 
 
 def build_mixer(config: XLSTMConfig, layer_idx: int) -> nn.Module:
@@ -30,10 +30,8 @@ class XLSTMBlock(GradientCheckpointingLayer):
         self.ffn_norm = None if bare or not config.ffn_size else block_norm(config)
         self.ffn = None if bare or not config.ffn_size else FeedForward(config)
 
-    def forward(
-        self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, LayerState]:
-        y, state = self.mixer(self.mixer_norm(x), state, lengths, reset)
+    def forward(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:
+        y, state = self.mixer(self.mixer_norm(x), call)
         x = x + y
         if self.ffn is not None and self.ffn_norm is not None:
             x = x + self.ffn(self.ffn_norm(x))

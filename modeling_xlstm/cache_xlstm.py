@@ -7,14 +7,14 @@ values: a state handed out, or taken from a forward pass with gradients, stays w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from .configuration_xlstm import XLSTMConfig
-from .states_xlstm import LayerState, MLSTMState, SLSTMState
+from .states_xlstm import LayerState, MLSTMState, SLSTMState, Tape
 
 
 class XLSTMCacheLayer(LinearAttentionLayer):
@@ -50,26 +50,57 @@ class XLSTMCacheLayer(LinearAttentionLayer):
 
     def apply_(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by function(tensor)."""
-        state = self.state
-        if state is not None:
-            conv = None if state.conv is None else function(state.conv)
-            self.store_(LayerState(self.cell_type(*(function(x) for x in state.cell)), conv))
+        self.store_(_map(self.state, function))
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can come back exactly: yes, once recording is on."""
+        return True
 
     def reset(self) -> None:
         """Forget everything."""
         self.store_(None)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was."""
-        self.batch_select_indices(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`, in that order; a row may be taken several times."""
-        self.apply_(lambda x: x.index_select(0, indices.to(x.device)))
+def _map(state: LayerState | None, function: Callable[[Tensor], Tensor]) -> LayerState | None:
+    """The state with every tensor replaced by function(tensor)."""
+    if state is None:
+        return None
+    cell: Any = [function(x) for x in state.cell]
+    return LayerState(type(state.cell)(*cell), None if state.conv is None else function(state.conv))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times: 0, 0, ..., 1, 1, ..."""
-        self.apply_(lambda x: x.repeat_interleave(repeats, 0))
+
+class _Recording(NamedTuple):
+    """The tapes of one or more calls.
+
+    Attributes:
+        tapes: one per layer.
+        tokens: columns they hold, padding included.
+        real: which of them are real, [B, tokens]; None if all are.
+    """
+
+    tapes: list[Tape]
+    tokens: int
+    real: Tensor | None
+
+    def extend(self, later: _Recording) -> _Recording | None:
+        """Both as one, or None where padding or resets stand between them."""
+        plain = self.real is None and later.real is None
+        if not plain or any(tape.inputs[-1] is not None for tape in (*self.tapes, *later.tapes)):
+            return None
+        tapes = [a.extend(b) for a, b in zip(self.tapes, later.tapes, strict=True)]
+        return _Recording(tapes, self.tokens + later.tokens, None)
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> _Recording:
+        """With every tensor replaced by function(tensor)."""
+        tapes = [
+            tape._replace(
+                before=_map(tape.before, function),
+                inputs=tuple(None if x is None else function(x) for x in tape.inputs),
+            )
+            for tape in self.tapes
+        ]
+        return _Recording(tapes, self.tokens, None if self.real is None else function(self.real))
 
 
 class XLSTMCache(Cache):
@@ -87,17 +118,57 @@ class XLSTMCache(Cache):
     def __init__(self, config: XLSTMConfig):
         super().__init__(layers=[XLSTMCacheLayer(block_type) for block_type in config.block_types or []])
         self.tokens_seen = 0
+        self._past: list[_Recording] = []
+
+    @property
+    def recording(self) -> bool:
+        """Whether calls are recorded, so that `crop` can come back (see `activate_past_recording`)."""
+        return any(layer.record_past for layer in self.layers)
 
     @property
     def states(self) -> list[LayerState | None]:
         """One state per block; None before the first token."""
         return [layer.state for layer in self.layers]
 
-    def store_(self, states: Sequence[LayerState], tokens: int) -> None:
-        """Replace all states at once, `tokens` columns (padding included) further on."""
+    def store_(self, states: Sequence[LayerState], tokens: int, real: Tensor | None = None) -> None:
+        """Replace all states at once, `tokens` columns further on, of which `real` [B, tokens] are not padding."""
         for layer, state in zip(self.layers, states, strict=True):
             layer.store_(state)
         self.tokens_seen += tokens
+        tapes = [state.tape for state in states if state.tape is not None]
+        if not tapes:
+            self._past.clear()
+            return
+        new = _Recording(tapes, tokens, real)
+        merged = self._past[-1].extend(new) if self._past else None
+        self._past[len(self._past) - (merged is not None) :] = [merged or new]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Come back exactly to an earlier token, and forget what was recorded before it.
+
+        The cells run again from the state before the recording up to that token, on inputs of a few numbers per token.
+
+        Args:
+            tokens_to_remove: minus the number of columns to take back, padding included; 0 only forgets the recording.
+
+        Raises:
+            ValueError: the number is positive, or reaches further back than the recording.
+        """
+        back, held = -tokens_to_remove, sum(recording.tokens for recording in self._past)
+        if not 0 <= back <= held:
+            raise ValueError(
+                f"`tokens_to_remove` must be from {-held} to 0, for {held} were recorded since the last crop; got "
+                f"{tokens_to_remove}. Call activate_past_recording() before the tokens that may have to be taken back."
+            )
+        self.tokens_seen -= back
+        while back:
+            tapes, tokens, real = self._past.pop()
+            keep = max(tokens - back, 0)
+            lengths = None if real is None else real[:, :keep].sum(1)
+            for layer, tape in zip(self.layers, tapes, strict=True):
+                layer.store_(tape.rewind(keep, lengths))
+            back -= tokens - keep
+        self._past.clear()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of input seen so far, padding included: the length of the attention mask up to now."""
@@ -117,6 +188,19 @@ class XLSTMCache(Cache):
         """Replace every tensor by function(tensor)."""
         for layer in self.layers:
             layer.apply_(function)
+        self._past = [recording.apply(function) for recording in self._past]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, in that order; a row may be taken several times."""
+        self.apply_(lambda x: x.index_select(0, indices.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times: 0, 0, ..., 1, 1, ..."""
+        self.apply_(lambda x: x.repeat_interleave(repeats, 0))
 
     def to(self, device: torch.device | str) -> XLSTMCache:
         """Move every state to a device; returns itself."""
@@ -132,6 +216,7 @@ class XLSTMCache(Cache):
         """Forget everything."""
         for layer in self.layers:
             layer.reset()
+        self._past.clear()
         self.tokens_seen = 0
 
     def size_in_bytes(self) -> int:

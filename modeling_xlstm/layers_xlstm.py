@@ -1,10 +1,12 @@
 """The parts of a block: norms, causal convolution, feed-forward, and the three mixer layers around the two cells.
 
-Every mixer maps ([B, T, D], state) to ([B, T, D], state); the state is the one before, and after, the tokens given.
+Every mixer maps ([B, T, D], call) to ([B, T, D], state): the call holds the state before the tokens and what is known
+of them, the state is the one after.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import cast
 
 import torch
@@ -15,7 +17,7 @@ from transformers.activations import ACT2FN
 from .configuration_xlstm import XLSTMConfig
 from .ops_mlstm import mlstm
 from .ops_slstm import slstm
-from .states_xlstm import LayerState, MLSTMState, SLSTMState
+from .states_xlstm import Call, CellInputs, LayerState, MLSTMState, SLSTMState
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
@@ -107,14 +109,10 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, 1, window))  # the last tap multiplies the current token
         self.bias = nn.Parameter(torch.empty(size))
 
-    def forward(
-        self, x: Tensor, past: Tensor | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: LayerState | None, reset: Tensor | None) -> Tensor:
         B, T, D = x.shape
         W = self.window
-        if past is None:
-            past = x.new_zeros(B, W - 1, D)
-        x = torch.cat([past.to(x.dtype), x], 1)  # [B, W - 1 + T, D]
+        x = with_past(x, state, W)
         document = None if reset is None else F.pad(reset.cumsum(1), (W - 1, 0))[..., None]  # [B, W - 1 + T, 1]
         y = self.bias.expand(B, T, D)
         for tap in range(W):
@@ -122,19 +120,35 @@ class CausalConv(nn.Module):
             if document is not None:
                 x_tap = x_tap * (document[:, tap : tap + T] == document[:, W - 1 :])
             y = torch.addcmul(y, x_tap, self.weight[:, 0, tap])
-        return F.silu(y), self._last_inputs(x, document, lengths)
+        return F.silu(y)
 
-    def _last_inputs(self, x: Tensor, document: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """The W - 1 inputs before the next token; zero where they belong to another document than the last one."""
-        W = self.window
-        if lengths is None:
-            lengths = torch.full(x.shape[:1], x.shape[1] - W + 1, device=x.device)
-        index = (lengths[:, None] + torch.arange(W - 1, device=x.device))[..., None]  # [B, W - 1, 1]
-        last = x.gather(1, index.expand(-1, -1, x.shape[-1]))
-        if document is not None:
-            current = document.gather(1, (lengths + W - 2)[:, None, None])
-            last = last * (document.gather(1, index) == current)
-        return last
+
+def with_past(x: Tensor, state: LayerState | None, window: int) -> Tensor:
+    """The inputs a convolution looks back on, then those of the tokens: [B, W - 1 + T, D]."""
+    past = None if state is None else state.conv
+    past = x.new_zeros(x.shape[0], window - 1, x.shape[2]) if past is None else past.to(x.dtype)
+    return torch.cat([past, x], 1)
+
+
+def last_inputs(x: Tensor, window: int, lengths: Tensor | None, reset: Tensor | None) -> Tensor:
+    """The W - 1 inputs before the next token, zero where they belong to another document: [B, W - 1, D].
+
+    Args:
+        x: see `with_past`, [B, W - 1 + T, D].
+        window: W.
+        lengths: number of real tokens of each row, [B].
+        reset: True at the first token of a new document, [B, T].
+    """
+    W = window
+    if lengths is None:
+        lengths = torch.full(x.shape[:1], x.shape[1] - W + 1, device=x.device)
+    index = (lengths[:, None] + torch.arange(W - 1, device=x.device))[..., None]  # [B, W - 1, 1]
+    last = x.gather(1, index.expand(-1, -1, x.shape[-1]))
+    if reset is not None:
+        document = F.pad(reset.cumsum(1), (W - 1, 0))[..., None]
+        current = document.gather(1, (lengths + W - 2)[:, None, None])
+        last = last * (document.gather(1, index) == current)
+    return last
 
 
 class FeedForward(nn.Module):
@@ -156,48 +170,104 @@ class FeedForward(nn.Module):
         return self.dropout(self.down_proj(hidden))
 
 
+@dataclasses.dataclass(frozen=True)
+class CellOptions:
+    """What a cell needs beside its inputs; `recurrent` are the sLSTM's weights, `window` is 0 without convolution."""
+
+    window: int
+    state_dtype: torch.dtype
+    input_gate: str
+    backend: str
+    chunk_size: int
+    eps: float
+    recurrent: Tensor | None = None
+
+    @classmethod
+    def of(cls, config: XLSTMConfig, window: int) -> CellOptions:
+        """The options that a configuration states."""
+        return cls(
+            window=window,
+            state_dtype=getattr(torch, config.state_dtype),
+            input_gate=config.input_gate,
+            backend=config.kernel_backend,
+            chunk_size=config.chunk_size,
+            eps=config.normalizer_eps,
+        )
+
+    def scalar(self, x: Tensor) -> Tensor:
+        """A tensor with the device of x and the dtype that states have there."""
+        return x.new_empty((), dtype=torch.promote_types(x.dtype, self.state_dtype))
+
+
+def run_mlstm(
+    state: LayerState | None, inputs: CellInputs, lengths: Tensor | None, options: CellOptions
+) -> tuple[Tensor, LayerState]:
+    """The mLSTM cell and its convolution's window over q, k, v, i_tilde, f_tilde, convolution inputs and resets."""
+    q, k, v, i_tilde, f_tilde, x, reset = inputs
+    B, _, H, K = q.shape
+    cell = MLSTMState.zeros(B, H, K, v.shape[-1], options.scalar(q)) if state is None else cast(MLSTMState, state.cell)
+    h, cell = mlstm(
+        q,
+        k,
+        v,
+        i_tilde,
+        f_tilde,
+        cell,
+        lengths=lengths,
+        reset=reset,
+        chunk_size=options.chunk_size,
+        eps=options.eps,
+        input_gate=options.input_gate,
+        backend=options.backend,
+    )
+    conv = None if x is None else last_inputs(with_past(x, state, options.window), options.window, lengths, reset)
+    return h, LayerState(cell, conv)
+
+
+def run_slstm(
+    state: LayerState | None, inputs: CellInputs, lengths: Tensor | None, options: CellOptions
+) -> tuple[Tensor, LayerState]:
+    """The sLSTM cell and its convolution's window over the four gates, convolution inputs and resets."""
+    i_tilde, f_tilde, z_tilde, o_tilde, x, reset = inputs
+    assert options.recurrent is not None
+    B, _, H, P = i_tilde.shape
+    cell = SLSTMState.zeros(B, H, P, options.scalar(i_tilde)) if state is None else cast(SLSTMState, state.cell)
+    h, cell = slstm(
+        i_tilde,
+        f_tilde,
+        z_tilde,
+        o_tilde,
+        options.recurrent,
+        cell,
+        lengths=lengths,
+        reset=reset,
+        input_gate=options.input_gate,
+        backend=options.backend,
+    )
+    conv = None if x is None else last_inputs(with_past(x, state, options.window), options.window, lengths, reset)
+    return h, LayerState(cell, conv)
+
+
 class MLSTMCell(nn.Module):
     """What both mLSTM layers share: the cell with its gates' caps and its head norm, [B, T, H, .] -> [B, T, H * V]."""
 
-    def __init__(self, config: XLSTMConfig):
+    def __init__(self, config: XLSTMConfig, window: int):
         super().__init__()
         self.num_heads = config.num_heads
         self.gate_soft_cap = config.gate_soft_cap
-        self.input_gate = config.input_gate
-        self.normalizer_eps = config.normalizer_eps
-        self.chunk_size = config.chunk_size
-        self.backend = config.kernel_backend
-        self.state_dtype = getattr(torch, config.state_dtype)
+        self.options = CellOptions.of(config, window)
         self.norm = HeadNorm(config.v_size, config.norm_eps, config.norm_bias, norm_offset(config))
 
     def forward(
         self,
         qkv: tuple[Tensor, Tensor, Tensor],
         gates: tuple[Tensor, Tensor],
-        state: MLSTMState | None,
-        lengths: Tensor | None,
-        reset: Tensor | None,
-    ) -> tuple[Tensor, MLSTMState]:
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in qkv)
-        i_tilde, f_tilde = (soft_cap(x.float() if x.element_size() < 4 else x, self.gate_soft_cap) for x in gates)
-        if state is None:
-            B, _, H, K = q.shape
-            dtype = torch.promote_types(q.dtype, self.state_dtype)
-            state = MLSTMState.zeros(B, H, K, v.shape[-1], like=q.new_empty((), dtype=dtype))
-        h, state = mlstm(
-            q,
-            k,
-            v,
-            i_tilde,
-            f_tilde,
-            state,
-            lengths=lengths,
-            reset=reset,
-            chunk_size=self.chunk_size,
-            eps=self.normalizer_eps,
-            input_gate=self.input_gate,
-            backend=self.backend,
-        )
+        conv_inputs: Tensor | None,
+        call: Call,
+    ) -> tuple[Tensor, LayerState]:
+        heads = (x.unflatten(-1, (self.num_heads, -1)) for x in qkv)
+        capped = (soft_cap(x.float() if x.element_size() < 4 else x, self.gate_soft_cap) for x in gates)
+        h, state = call.run(run_mlstm, (*heads, *capped, conv_inputs, call.reset), self.options)
         return self.norm(h), state
 
 
@@ -213,18 +283,14 @@ class MLSTMLayer(nn.Module):
         self.igate = nn.Linear(D, config.num_heads)
         self.fgate = nn.Linear(D, config.num_heads)
         self.ogate = nn.Linear(D, config.v_size, bias=bias)
-        self.cell = MLSTMCell(config)
+        self.cell = MLSTMCell(config, window=0)
         self.out_proj = nn.Linear(config.v_size, D, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, state: LayerState | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, LayerState]:
+    def forward(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:
         qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        gates = self.igate(x), self.fgate(x)
-        h, cell = self.cell(qkv, gates, None if state is None else cast(MLSTMState, state.cell), lengths, reset)
-        y = self.out_proj(torch.sigmoid(self.ogate(x)) * h)
-        return self.dropout(y), LayerState(cell, None)
+        h, state = self.cell(qkv, (self.igate(x), self.fgate(x)), None, call)
+        return self.dropout(self.out_proj(torch.sigmoid(self.ogate(x)) * h)), state
 
 
 class UpMLSTMLayer(nn.Module):
@@ -241,23 +307,18 @@ class UpMLSTMLayer(nn.Module):
         self.v_proj = HeadwiseLinear(blocks, blocksize, blocksize, bias)
         self.igate = nn.Linear(3 * E, config.num_heads)
         self.fgate = nn.Linear(3 * E, config.num_heads)
-        self.cell = MLSTMCell(config)
+        self.cell = MLSTMCell(config, config.conv_kernel_size)
         self.skip = nn.Parameter(torch.ones(E))
         self.down_proj = nn.Linear(E, D, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, state: LayerState | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, LayerState]:
+    def forward(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:
         a, z = self.up_proj(x).chunk(2, -1)
-        c, window = self.conv(a, None if state is None else state.conv, lengths, reset)
+        c = self.conv(a, call.state, call.reset)
         qkv = self.q_proj(c), self.k_proj(c), self.v_proj(a)
         g = torch.cat(qkv, -1)
-        h, cell = self.cell(
-            qkv, (self.igate(g), self.fgate(g)), None if state is None else cast(MLSTMState, state.cell), lengths, reset
-        )
-        y = self.down_proj((h + self.skip * c) * F.silu(z))
-        return self.dropout(y), LayerState(cell, window)
+        h, state = self.cell(qkv, (self.igate(g), self.fgate(g)), a, call)
+        return self.dropout(self.down_proj((h + self.skip * c) * F.silu(z))), state
 
 
 class SLSTMLayer(nn.Module):
@@ -270,9 +331,7 @@ class SLSTMLayer(nn.Module):
         P = D // H
         self.layer_idx = layer_idx
         self.num_heads = H
-        self.input_gate = config.input_gate
-        self.backend = config.kernel_backend
-        self.state_dtype = getattr(torch, config.state_dtype)
+        self.options = CellOptions.of(config, config.slstm_conv_kernel_size)
         self.conv = CausalConv(D, config.slstm_conv_kernel_size) if config.slstm_conv_kernel_size else None
         self.igate = HeadwiseLinear(H, P, P, bias=False)
         self.fgate = HeadwiseLinear(H, P, P, bias=False)
@@ -283,31 +342,10 @@ class SLSTMLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.norm = HeadNorm(D, config.norm_eps, config.norm_bias, norm_offset(config), config.slstm_norm_weight)
 
-    def forward(
-        self, x: Tensor, state: LayerState | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, LayerState]:
-        c, window = x, None
-        if self.conv is not None:
-            c, window = self.conv(x, None if state is None else state.conv, lengths, reset)
+    def forward(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:
+        c = x if self.conv is None else self.conv(x, call.state, call.reset)
         pre_activations = self.igate(c), self.fgate(c), self.zgate(x), self.ogate(x)
-        i_tilde, f_tilde, z_tilde, o_tilde = (
-            g.unflatten(-1, (self.num_heads, -1)) + b for g, b in zip(pre_activations, self.bias, strict=True)
-        )
-        cell = None if state is None else cast(SLSTMState, state.cell)
-        if cell is None:
-            B, _, H, P = i_tilde.shape
-            dtype = torch.promote_types(x.dtype, self.state_dtype)
-            cell = SLSTMState.zeros(B, H, P, like=x.new_empty((), dtype=dtype))
-        h, cell = slstm(
-            i_tilde,
-            f_tilde,
-            z_tilde,
-            o_tilde,
-            self.recurrent,
-            cell,
-            lengths=lengths,
-            reset=reset,
-            input_gate=self.input_gate,
-            backend=self.backend,
-        )
-        return self.norm(self.dropout(h)), LayerState(cell, window)
+        gates = (g.unflatten(-1, (self.num_heads, -1)) + b for g, b in zip(pre_activations, self.bias, strict=True))
+        inputs = (*gates, None if self.conv is None else x, call.reset)
+        h, state = call.run(run_slstm, inputs, dataclasses.replace(self.options, recurrent=self.recurrent))
+        return self.norm(self.dropout(h)), state

@@ -34,6 +34,7 @@ from .layers_xlstm import (
     block_norm,
     soft_cap,
 )
+from .states_xlstm import Call
 from .tokens_xlstm import lay_out_tokens
 
 logger = logging.get_logger(__name__)
@@ -178,16 +179,17 @@ class XLSTMModel(XLSTMPreTrainedModel):
         past = 0 if cache is None else cache.get_seq_length()
         layout = lay_out_tokens((B, T), past, attention_mask, seq_idx, cu_seq_lens_q, position_ids)
 
+        recording = cache is not None and cache.recording
         x = layout.pack(x)
         hidden, states = [], []
         for layer, state in zip(self.layers, [None] * len(self.layers) if cache is None else cache.states, strict=True):
             if output_hidden_states:
                 hidden.append(layout.unpack(x))
-            x, state = layer(x, state, layout.lengths, layout.reset)
+            x, state = layer(x, Call(state, layout.lengths, layout.reset, recording))
             states.append(state)
         x = layout.unpack(self.norm(x))
         if cache is not None:
-            cache.store_(states, T)
+            cache.store_(states, T, layout.real)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=cache,
@@ -232,7 +234,7 @@ def causal_lm_loss(
     logits: Tensor,
     labels: Tensor,
     vocab_size: int,
-    num_items_in_batch: Tensor | int | None = None,
+    num_items_in_batch: Any = None,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
     **kwargs: Any,
@@ -338,8 +340,10 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = XLSTMCache(self.config)
+            if generation_config.is_assistant:  # its drafts will be taken back
+                model_kwargs["past_key_values"].activate_past_recording()
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,  # Transformers looks for this name here

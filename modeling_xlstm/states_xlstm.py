@@ -6,7 +6,8 @@ one after its last real token; no function modifies the state it was given. The 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,10 +59,67 @@ class LayerState(NamedTuple):
     Attributes:
         cell: state of the mLSTM or sLSTM cell.
         conv: the last W - 1 inputs of the causal convolution, oldest first, [B, W - 1, D]; None without a convolution.
+        tape: how to come back to a token of the call that made this state, if that was asked for.
     """
 
     cell: MLSTMState | SLSTMState
     conv: Tensor | None
+    tape: Tape | None = None
+
+
+CellInputs = tuple[Any, ...]  # tensors [B, T, ...], or None where a layer has no such input
+CellRun = Callable[[LayerState | None, CellInputs, Tensor | None, Any], tuple[Tensor, LayerState]]
+
+
+class Tape(NamedTuple):
+    """What a layer's state was made of: the state before, and the inputs of its cell, a few numbers per token.
+
+    Coming back to a token runs the cell again up to it, so nothing of the size of a state is kept per token.
+
+    Attributes:
+        run: (state before, inputs, lengths, options) -> output and state after.
+        before: the state before the first token; None if there was none.
+        inputs: what cell and convolution saw, each [B, T, ...] or None.
+        options: the rest of what `run` needs.
+    """
+
+    run: CellRun
+    before: LayerState | None
+    inputs: CellInputs
+    options: Any
+
+    def rewind(self, tokens: int, lengths: Tensor | None) -> LayerState | None:
+        """The state after the first `tokens` tokens, of which `lengths` [B] are real; None if there was none then."""
+        if tokens == 0:
+            return self.before
+        kept = tuple(None if x is None else x[:, :tokens] for x in self.inputs)
+        return self.run(self.before, kept, lengths, self.options)[1]
+
+    def extend(self, later: Tape) -> Tape:
+        """One tape over the tokens of both; neither may hold a reset or padding."""
+        pairs = zip(self.inputs, later.inputs, strict=True)
+        return self._replace(inputs=tuple(None if a is None else torch.cat([a, b], 1) for a, b in pairs))
+
+
+class Call(NamedTuple):
+    """What a layer is told beside its input.
+
+    Attributes:
+        state: the state before the first token; None at the start.
+        lengths: number of real tokens of each row, which come first, [B]; None if all are real.
+        reset: True at the first token of a new document, [B, T]; None if none begins.
+        record: whether to return a tape with the state.
+    """
+
+    state: LayerState | None = None
+    lengths: Tensor | None = None
+    reset: Tensor | None = None
+    record: bool = False
+
+    def run(self, cell: CellRun, inputs: CellInputs, options: Any) -> tuple[Tensor, LayerState]:
+        """Run a cell from the state of this call."""
+        h, state = cell(self.state, inputs, self.lengths, options)
+        return h, state._replace(tape=Tape(cell, self.state, inputs, options)) if self.record else state
 
 
 def compute_dtype(x: Tensor, state: MLSTMState | SLSTMState | None) -> torch.dtype:

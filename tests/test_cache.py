@@ -146,3 +146,77 @@ def test_a_prompt_can_be_forked_to_many_continuations(style: str) -> None:
     ends = tokens(4, 3)
     whole = model(torch.cat([prompt.expand(4, -1), ends], 1)).logits[:, 5:]
     assert_same(model(ends, past_key_values=cache).logits, whole)
+
+
+@every_style
+@pytest.mark.parametrize("pieces", [[7], [1, 1, 1, 1], [3, 1, 2], [1, 6]])
+@pytest.mark.parametrize("padded", [False, True])
+def test_crop_comes_back_exactly_to_an_earlier_token(style: str, pieces: list[int], padded: bool) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, style), tokens(2, 5 + sum(pieces))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, [6, 8]] = mask[1, 5] = 0
+    for back in range(sum(pieces) + 1):
+        cache = XLSTMCache(model.config)
+        model(ids[:, :5], past_key_values=cache)
+        cache.activate_past_recording()
+        end = 5
+        for piece in pieces:
+            end += piece
+            model(ids[:, end - piece : end], attention_mask=mask[:, end - piece : end], past_key_values=cache)
+        cache.crop(-back)
+        expected = model(ids[:, : end - back], attention_mask=mask[:, : end - back]).past_key_values
+        assert_same(states(cache), states(expected))
+        assert cache.get_seq_length() == end - back
+
+
+@every_style
+def test_crop_can_come_back_over_a_document_boundary_and_to_the_start(style: str) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, style), tokens(1, 8)
+    packing = {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]])}
+    for back in range(9):
+        cache = XLSTMCache(model.config)
+        cache.activate_past_recording()
+        model(ids, past_key_values=cache, **packing)
+        cache.crop(-back)
+        if back == 8:
+            assert cache.states == [None] * 3
+        else:
+            kept = {"seq_idx": packing["seq_idx"][:, : 8 - back]}
+            assert_same(states(cache), states(model(ids[:, : 8 - back], **kept).past_key_values))
+
+
+@every_style
+def test_rows_moved_while_recording_come_back_too(style: str) -> None:
+    model, ids, cache = filled(style)
+    cache.activate_past_recording()
+    more = tokens(3, 4)
+    model(more, past_key_values=cache)
+    index = torch.tensor([2, 0])
+    cache.reorder_cache(index)
+    cache.crop(-3)
+    assert_same(states(cache), states(model(torch.cat([ids, more], 1)[index, :7]).past_key_values))
+
+
+def test_crop_keeps_no_copy_of_the_matrix_state_per_token() -> None:
+    model, ids, cache = filled("large")
+    cache.activate_past_recording()
+    for t in range(5):
+        model(ids[:, t : t + 1], past_key_values=cache)
+    recorded = [tape for recording in cache._past for tape in recording.tapes]
+    assert len(recorded) == 3  # one tape per layer, whatever the number of calls
+    cache.crop(0)
+    assert cache._past == []
+
+
+@pytest.mark.parametrize("removed", [1, -1, -5])
+def test_crop_further_than_was_recorded_raises_and_changes_nothing(removed: int) -> None:
+    model, ids, cache = filled("large")
+    before = states(cache)
+    if removed == -5:
+        cache.activate_past_recording()
+        model(ids[:, :4], past_key_values=cache)
+        before = states(cache)
+    with pytest.raises(ValueError, match="`tokens_to_remove` must be from"):
+        cache.crop(removed)
+    assert_identical(states(cache), before)

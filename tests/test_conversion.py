@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import CASES, load_case
 from safetensors.torch import load_file, save_file
 from tolerances import assert_identical, assert_same
@@ -154,12 +156,13 @@ class TestRoundTrip:
         XLSTMForCausalLM(config).load_state_dict(weights, strict=True)
 
     @BY_CASE
-    def test_converted_weights_can_be_saved(self, name: str, tmp_path: Path) -> None:
+    def test_converted_weights_share_no_memory_and_can_be_saved(self, name: str, tmp_path: Path) -> None:
         case = load_case(name)
         config, weights = convert_from(case.family, case.config, case.weights)
         # The other mode than the one read, so that what was fused is cut and what was single is joined.
         weight_mode = {"neurips": "single", "large": "single" if case.weight_mode == "fused" else "fused"}[case.family]
         for converted in (weights, convert_to(case.family, config, weights, weight_mode=weight_mode)[1]):
+            assert len({x.untyped_storage().data_ptr() for x in converted.values()}) == len(converted)
             save_file(converted, tmp_path / "model.safetensors")
             assert_identical(load_file(tmp_path / "model.safetensors"), converted)
 
@@ -243,12 +246,19 @@ class TestNeurips:
             assert (ours.dropout, ours.embedding_dropout, ours.ffn_dropout) == (0.25, expected, 0.0)
             assert lost(change, convert_to("neurips", ours, ours_weights)[0]) == []
 
-    @pytest.mark.parametrize("official", ["gelu", "relu", "relu^2", "sigmoid", "swish", "selu"])
-    def test_every_activation_of_the_package_has_a_model(self, official: str) -> None:
+    @pytest.mark.parametrize(
+        ("official", "function"),
+        [
+            ("gelu", F.gelu), ("relu", F.relu), ("relu^2", lambda x: F.relu(x) ** 2), ("sigmoid", F.sigmoid),
+            ("swish", F.silu), ("selu", F.selu),
+        ],
+    )  # fmt: skip
+    def test_every_activation_of_the_package_is_ours(self, official: str, function: Callable[[Tensor], Tensor]) -> None:
         *_, config, weights = pair("neurips")
         change = ffn(act_fn=official)
         ours, ours_weights = convert_from("neurips", merge(config, change), weights)
-        assert logits_of(ours, ours_weights, torch.arange(7)[None]).isfinite().all()
+        x = torch.randn(100)
+        assert_identical(XLSTMForCausalLM(ours).model.layers[1].ffn.act(x), function(x))
         assert lost(change, convert_to("neurips", ours, ours_weights)[0]) == []
 
 
@@ -395,11 +405,18 @@ class TestDefaults:
                 {"vocab_size": 19, "slstm_block": {"feedforward": None}},
                 {"hidden_size": 128, "num_heads": 4, "block_types": ["slstm"], "ffn_proj_factor": 0.0},
             ),
+            (
+                "neurips",
+                {"vocab_size": 19, "num_blocks": 2, "mlstm_block": {}, "slstm_block": {"slstm": {"num_heads": 2}},
+                 "slstm_at": [0]},
+                {"hidden_size": 128, "num_heads": 4, "slstm_num_heads": 2, "block_types": ["slstm", "mlstm"]},
+            ),
         ],
-        ids=["large", "transformers", "neurips mlstm", "neurips slstm", "neurips without feed-forward"],
+        ids=["large", "transformers", "neurips mlstm", "neurips slstm", "neurips no feed-forward", "neurips mixed"],
     )  # fmt: skip
     def test_what_is_left_out_has_the_default_of_the_package(self, family: str, given: Config, fields: Config) -> None:
-        ours = XLSTMConfig(block_style=style_of(family), vocab_size=19, num_hidden_layers=1, **fields)
+        num_blocks = len(fields.get("block_types", [0]))
+        ours = XLSTMConfig(block_style=style_of(family), vocab_size=19, num_hidden_layers=num_blocks, **fields)
         _, weights = convert_to(family, ours, random_weights(ours))
         assert convert_from(family, given, weights)[0].to_dict() == ours.to_dict()
 

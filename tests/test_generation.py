@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -177,3 +178,35 @@ def test_half_precision_decoding_keeps_float32_states(dtype: torch.dtype) -> Non
     model = tiny_model(XLSTMForCausalLM).to(dtype)
     out = decode(model, tokens(2, 5), return_dict_in_generate=True)
     assert {x.dtype for s in out.past_key_values.states for x in s.cell} == {torch.float32}
+
+
+@every_style
+@pytest.mark.parametrize("schedule", ["constant", "heuristic"])
+@pytest.mark.parametrize("draft", ["same", "other"])
+def test_assisted_decoding_gives_the_greedy_output(style: str, schedule: str, draft: str) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, style), tokens(1, 5)
+    assistant = model if draft == "same" else tiny_model(XLSTMForCausalLM, "large", "mlstm", num_hidden_layers=1)
+    assistant.generation_config.num_assistant_tokens = 4
+    assistant.generation_config.num_assistant_tokens_schedule = schedule
+    out = decode(model, ids, assistant_model=assistant, max_new_tokens=20, min_new_tokens=20)
+    assert torch.equal(out, greedy(model, ids, 20))
+
+
+@every_style
+def test_prompt_lookup_decoding_gives_the_greedy_output(style: str) -> None:
+    model = tiny_model(XLSTMForCausalLM, style)
+    ids = tokens(1, 4).repeat(1, 3)  # a prompt with something to look up
+    out = decode(model, ids, prompt_lookup_num_tokens=3, max_new_tokens=20, min_new_tokens=20)
+    assert torch.equal(out, greedy(model, ids, 20))
+
+
+def test_an_assistant_that_is_often_right_saves_forward_passes() -> None:
+    model, ids, calls = tiny_model(XLSTMForCausalLM), tokens(1, 5), []
+    model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    assistant = copy.deepcopy(model)
+    assistant.model._forward_pre_hooks.clear()
+    assistant.generation_config.num_assistant_tokens = 5
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    decode(model, ids, assistant_model=assistant, max_new_tokens=24, min_new_tokens=24)
+    assert len(calls) <= 5

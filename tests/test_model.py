@@ -23,6 +23,7 @@ from modeling_xlstm import (
     XLSTMForTokenClassification,
     XLSTMModel,
 )
+from modeling_xlstm.states_xlstm import Call
 
 VARIANTS = ["mlstm", "slstm", "mixed"]
 every_style = pytest.mark.parametrize("style", STYLES)
@@ -256,7 +257,7 @@ def test_hidden_states_are_the_embeddings_and_every_block_the_last_one_normalise
     real = mask.bool()
     assert_identical(out.hidden_states[0][real], model.get_input_embeddings()(ids)[real])
     assert_identical(out.hidden_states[-1], out.last_hidden_state)
-    first_block, _ = model.layers[0](model.get_input_embeddings()(ids[:1, 1:]))
+    first_block, _ = model.layers[0](model.get_input_embeddings()(ids[:1, 1:]), Call())
     assert_same(out.hidden_states[1][0, 1:], first_block[0])
 
 
