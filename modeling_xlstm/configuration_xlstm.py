@@ -71,6 +71,15 @@ TRANSFORMERS_KEYS = frozenset(
     }
 )  # fmt: skip
 
+# `auto_map` of every checkpoint: its code holds all of these, whichever of the models was saved.
+AUTO_MAP = {
+    "AutoConfig": "configuration_xlstm.XLSTMConfig",
+    "AutoModel": "modeling_xlstm.XLSTMModel",
+    "AutoModelForCausalLM": "modeling_xlstm.XLSTMForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_xlstm.XLSTMForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_xlstm.XLSTMForTokenClassification",
+}
+
 
 def _round_width(width: float, multiple: int, rule: str) -> int:
     """Round a width to a multiple: 'ceil' and 'floor' of width / multiple, or 'large', the Large family's own rule.

@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .blocks_xlstm import XLSTMBlock
 from .cache_xlstm import XLSTMCache
-from .configuration_xlstm import XLSTMConfig
+from .configuration_xlstm import AUTO_MAP, XLSTMConfig
 from .layers_xlstm import (
     CausalConv,
     FeedForward,
@@ -49,6 +49,12 @@ class XLSTMPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["XLSTMBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     supports_gradient_checkpointing = True
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers, which would name this class only: a language model is a classifier's start too."""
+        if self._auto_class is not None:
+            self.config.auto_map = {**AUTO_MAP, **(getattr(self.config, "auto_map", None) or {})}
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -126,7 +132,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
     def __init__(self, config: XLSTMConfig):
         super().__init__(config)
         config.validate()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(XLSTMBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = block_norm(config) if config.add_out_norm else nn.Identity()
@@ -350,14 +356,14 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in Transformers; decoding steps are given no mask, for all their tokens are real."""
+        """As in Transformers; a decoding step is given no mask, for the token just chosen is real in every row."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,  # type: ignore[arg-type]
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if not is_first_iteration and inputs.get("past_key_values") is not None:
+        if not is_first_iteration and kwargs.get("next_sequence_length") == 1:
             inputs.pop("attention_mask", None)
         # Transformers makes position ids for every model whose forward takes keywords; there are no positions here.
         inputs.pop("position_ids", None)

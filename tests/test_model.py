@@ -439,3 +439,11 @@ def test_memory_of_the_states_does_not_grow_with_tokens(style: str) -> None:
     sizes = {model(tokens(2, T)).past_key_values.size_in_bytes() for T in (1, 5, 40)}
     assert len(sizes) == 1
     assert sizes.pop() > 0
+
+
+def test_the_embedding_of_an_end_token_that_also_pads_is_trained() -> None:
+    """Many tokenizers pad with the end token; a padding index in the embedding would freeze it."""
+    model, ids = tiny_model(XLSTMForCausalLM, pad_token_id=2, eos_token_id=2), tokens(1, 6)
+    ids[0, 3] = 2
+    _, gradients = loss_gradients(model, input_ids=ids, labels=ids)
+    assert gradients["model.embed_tokens.weight"][2].any()
