@@ -6,6 +6,7 @@ values: a state handed out, or taken from a forward pass with gradients, stays w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from .configuration_xlstm import XLSTMConfig
+from .statefile_xlstm import check_same_model, fingerprint, read_states, write_states
 from .states_xlstm import LayerState, MLSTMState, SLSTMState, Tape
 
 
@@ -117,7 +119,9 @@ class XLSTMCache(Cache):
 
     def __init__(self, config: XLSTMConfig):
         super().__init__(layers=[XLSTMCacheLayer(block_type) for block_type in config.block_types or []])
+        self.model = fingerprint(config)
         self.tokens_seen = 0
+        self.unchecked = False
         self._past: list[_Recording] = []
 
     @property
@@ -211,6 +215,54 @@ class XLSTMCache(Cache):
         """Cut the states off the graph that made them (truncated back-propagation); returns itself."""
         self.apply_(Tensor.detach)
         return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the states to a safetensors file, with what model they belong to; what was recorded is left out.
+
+        Raises:
+            ValueError: no token has been seen yet, so there is no state to save.
+        """
+        states = [state for state in self.states if state is not None]
+        if not states:
+            raise ValueError("The cache has seen no token; run the model on the prompt first, then save its cache.")
+        write_states(path, states, self.tokens_seen, self.model)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], config: XLSTMConfig | None = None, device: torch.device | str = "cpu"
+    ) -> XLSTMCache:
+        """Read states that `save` wrote.
+
+        Args:
+            path: the file.
+            config: configuration of the model that will go on from them; None takes the one in the file, and the model
+                compares when it is given the cache.
+            device: where to put them.
+
+        Returns:
+            cache: with the states and the number of tokens seen.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, foreign, or of another model than `config`; nothing is loaded.
+        """
+        states, tokens, model = read_states(path)
+        cache = cls(config or XLSTMConfig(**{**model, "num_hidden_layers": len(states)}))
+        if config is not None:
+            check_same_model(model, fingerprint(config))
+        cache.store_(states, tokens)
+        cache.unchecked = True
+        return cache.to(device)
+
+    def check_model_(self, config: XLSTMConfig) -> None:
+        """Compare, once after `load`, the model that made the states with the one that will use them.
+
+        Raises:
+            ValueError: they differ; the message names the fields.
+        """
+        if self.unchecked:
+            check_same_model(self.model, fingerprint(config))
+            self.unchecked = False
 
     def reset(self) -> None:
         """Forget everything."""

@@ -217,6 +217,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
                 f"`past_key_values` must be an XLSTMCache of {self.config.num_hidden_layers} layers; got "
                 f"{type(cache).__name__} of {len(cache)}. Make one with XLSTMCache(model.config), or pass none."
             )
+        cache.check_model_(self.config)
         if cache.batch_size not in (-1, B):
             raise ValueError(
                 f"`past_key_values` holds {cache.batch_size} rows and the input has {B}. Use batch_select_indices or "

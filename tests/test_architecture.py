@@ -37,7 +37,8 @@ TRAVELLING = {
     "ops_slstm": Module(2, {STATES, COMMON, "ops_slstm_reference", "ops_slstm_torch"}, {"torch"}),
     "layers_xlstm": Module(3, {CONFIG, STATES, "ops_mlstm", "ops_slstm"}, {"torch", "transformers"}),
     "blocks_xlstm": Module(4, {CONFIG, STATES, "layers_xlstm"}, {"torch", "transformers"}),
-    "cache_xlstm": Module(4, {CONFIG, STATES}, {"torch", "transformers"}),
+    "statefile_xlstm": Module(1, {CONFIG, STATES}, {"torch", "safetensors"}),
+    "cache_xlstm": Module(4, {CONFIG, STATES, "statefile_xlstm"}, {"torch", "transformers"}),
     "tokens_xlstm": Module(4, set(), {"torch"}),
     "modeling_xlstm": Module(
         5, {CONFIG, STATES, TOKENS, "layers_xlstm", "blocks_xlstm", "cache_xlstm"}, {"torch", "transformers"}

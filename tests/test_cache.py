@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from inputs import STYLES, rows, tiny_model, tokens
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tolerances import assert_identical, assert_same
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
@@ -219,3 +222,77 @@ def test_crop_further_than_was_recorded_raises_and_changes_nothing(removed: int)
     with pytest.raises(ValueError, match="`tokens_to_remove` must be from"):
         cache.crop(removed)
     assert_identical(states(cache), before)
+
+
+@every_style
+def test_a_saved_prompt_state_goes_on_as_if_never_saved(style: str, tmp_path: Path) -> None:
+    model, ids, cache = filled(style)
+    cache.save(tmp_path / "prompt.safetensors")
+    for config in (None, model.config):
+        loaded = XLSTMCache.load(tmp_path / "prompt.safetensors", config)
+        assert_identical(states(loaded), states(cache))
+        assert loaded.get_seq_length() == 6
+        following = model(ids[:, :2], past_key_values=loaded).logits
+        assert_identical(following, model(ids[:, :2], past_key_values=copy.deepcopy(cache)).logits)
+
+
+@pytest.mark.parametrize(
+    "other", [{"num_heads": 4}, {"gate_soft_cap": None}, {"normalizer_eps": 1e-5}, {"variant": "mlstm"}]
+)
+def test_states_of_another_model_raise_and_name_the_field(other: dict[str, Any], tmp_path: Path) -> None:
+    cache = filled("large")[2]
+    cache.save(tmp_path / "prompt.safetensors")
+    field = "block_types" if "variant" in other else next(iter(other))
+    model = tiny_model(XLSTMForCausalLM, "large", **{"variant": "mixed", **other})
+    with pytest.raises(ValueError, match=f"they differ in .*{field}"):
+        XLSTMCache.load(tmp_path / "prompt.safetensors", model.config)
+    with pytest.raises(ValueError, match=f"they differ in .*{field}"):
+        model(tokens(3, 2), past_key_values=XLSTMCache.load(tmp_path / "prompt.safetensors"))
+
+
+def rewritten(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+    save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t, m: t.pop("0.m"), r"missing or too many: \['0.m'\]"),
+        (lambda t, m: t.update({"9.m": t["0.m"].clone()}), r"missing or too many: \['9.m'\]"),
+        (lambda t, m: t.update({"0.n": t["0.n"][:, :1]}), "`0.n` must be"),
+        (lambda t, m: t.update({"0.n": t["0.n"][:2]}), "must be"),
+        (lambda t, m: t.update({"1.C": t["1.C"].half()}), "`1.C` must be float32 or float64"),
+        (lambda t, m: t["1.C"].fill_(torch.nan), "`1.C` holds values that are not finite"),
+        (lambda t, m: m.pop("format"), "its format must be"),
+        (lambda t, m: m.update(tokens_seen="-3"), "its header does not describe"),
+        (lambda t, m: m.update(tokens_seen="many"), "cannot be read as states"),
+        (lambda t, m: m.update(model="[]"), "its header does not describe"),
+        (lambda t, m: m.update(model=m["model"].replace('"hidden_size": 16', '"hidden_size": -1')), "cannot be read"),
+        (lambda t, m: m.update(model="{" * 99999), "cannot be read as states"),
+    ],
+)
+def test_a_hostile_file_raises_and_loads_nothing(damage: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompt.safetensors"
+    filled("large")[2].save(path)
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    damage(tensors, metadata)
+    rewritten(path, tensors, metadata)
+    with pytest.raises(ValueError, match=message):
+        XLSTMCache.load(path)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, -1])
+def test_a_truncated_file_raises(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "prompt.safetensors"
+    filled("large")[2].save(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="no safetensors file, or a damaged one"):
+        XLSTMCache.load(path)
+
+
+def test_a_missing_file_and_an_empty_cache_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="No file of states"):
+        XLSTMCache.load(tmp_path / "nothing.safetensors")
+    with pytest.raises(ValueError, match="has seen no token"):
+        XLSTMCache(tiny_model(XLSTMForCausalLM).config).save(tmp_path / "empty.safetensors")
