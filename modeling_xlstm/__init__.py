@@ -20,6 +20,7 @@ from .modeling_xlstm import (
 )
 from .ops_mlstm import mlstm
 from .ops_slstm import slstm
+from .serving_xlstm import Request, Token, XLSTMEngine
 from .states_xlstm import LayerState, MLSTMState, SLSTMState
 
 __version__ = "0.1.0"
@@ -27,9 +28,12 @@ __version__ = "0.1.0"
 __all__ = [
     "LayerState",
     "MLSTMState",
+    "Request",
     "SLSTMState",
+    "Token",
     "XLSTMCache",
     "XLSTMConfig",
+    "XLSTMEngine",
     "XLSTMForCausalLM",
     "XLSTMForSequenceClassification",
     "XLSTMForTokenClassification",

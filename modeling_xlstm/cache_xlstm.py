@@ -72,6 +72,13 @@ def _map(state: LayerState | None, function: Callable[[Tensor], Tensor]) -> Laye
     return LayerState(type(state.cell)(*cell), None if state.conv is None else function(state.conv))
 
 
+def _join(first: LayerState, second: LayerState) -> LayerState:
+    """The rows of both."""
+    cell: Any = [torch.cat(pair) for pair in zip(first.cell, second.cell, strict=True)]
+    conv = None if first.conv is None or second.conv is None else torch.cat([first.conv, second.conv])
+    return LayerState(type(first.cell)(*cell), conv)
+
+
 class _Recording(NamedTuple):
     """The tapes of one or more calls.
 
@@ -215,6 +222,28 @@ class XLSTMCache(Cache):
         """Cut the states off the graph that made them (truncated back-propagation); returns itself."""
         self.apply_(Tensor.detach)
         return self
+
+    def append_rows_(self, other: XLSTMCache, rows: Sequence[int]) -> None:
+        """Take over some rows of another cache of the same model, behind the rows held; what was recorded is forgotten.
+
+        Texts of different lengths may stand side by side; `get_seq_length` then is that of the longest.
+        """
+        self._past.clear()
+        if not rows:
+            return
+        for layer, source in zip(self.layers, other.layers, strict=True):
+            index = torch.tensor(rows)
+            new = _map(source.state, lambda x, index=index: x.index_select(0, index.to(x.device)))  # type: ignore[misc]
+            layer.store_(new if layer.state is None or new is None else _join(layer.state, new))
+        self.tokens_seen = max(self.tokens_seen, other.tokens_seen)
+
+    def append_fresh_rows_(self, count: int) -> None:
+        """Add rows that have seen no token to a cache that holds some."""
+        self._past.clear()
+        for layer in self.layers:
+            state = layer.state
+            zeros = _map(state, lambda x: x.new_zeros(count, *x.shape[1:]))
+            layer.store_(state if state is None or zeros is None else _join(state, zeros))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the states to a safetensors file, with what model they belong to; what was recorded is left out.

@@ -4,11 +4,16 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationConfig
+
+if TYPE_CHECKING:
+    # Never runs. Transformers tells two checkpoints of one folder name apart by the files it finds named from here, and
+    # gives the second one the first one's model if these are the same.
+    from .modeling_xlstm import XLSTMPreTrainedModel  # noqa: F401
 
 BlockStyle = Literal["neurips", "large", "residual"]
 

@@ -39,7 +39,7 @@ def check_same_model(made_by: Mapping[str, Any], used_by: Mapping[str, Any]) -> 
     different = [f"{name}: {made_by[name]} and {used_by[name]}" for name in FIELDS if made_by[name] != used_by[name]]
     if different:
         raise ValueError(
-            f"States must come from a model like the one that goes on from them; they differ in {'; '.join(different)}. "
+            f"States must come from a model like the one that uses them; they differ in {'; '.join(different)}. "
             "Run the prompt through this model and save its states."
         )
 

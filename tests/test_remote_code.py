@@ -287,6 +287,7 @@ class Remote(NamedTuple):
     """What the processes without our package left behind, and what this one, which has it, computes."""
 
     folder: Path
+    package: dict[str, bytes]
     reports: list[dict[str, Any]]
     here: dict[str, dict[str, Tensor]]
 
@@ -356,9 +357,10 @@ def in_another_process(folder: Path, tasks: list[Callable[..., Any]], number: in
 def remote(tmp_path_factory: pytest.TempPathFactory) -> Remote:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("remote")
+    package = {name: (PACKAGE / name).read_bytes() for name in CODE}
     made = make_checkpoints(folder)
     reports = [in_another_process(folder, tasks, number) for number, tasks in enumerate((FIRST, SECOND), 1)]
-    return Remote(folder, reports, {name: results(model) for name, model in made.items()})
+    return Remote(folder, package, reports, {name: results(model) for name, model in made.items()})
 
 
 def code_of(folder: Path) -> dict[str, bytes]:
@@ -379,7 +381,7 @@ def test_the_code_that_travels_is_the_closure_of_the_model_file() -> None:
 
 @pytest.mark.parametrize("name", ["lm", "base", "rows", "tokens", "sharded"])
 def test_a_checkpoint_holds_exactly_that_code_and_names_every_auto_class(remote: Remote, name: str) -> None:
-    assert code_of(remote.folder / name) == {file: (PACKAGE / file).read_bytes() for file in CODE}
+    assert code_of(remote.folder / name) == remote.package
     assert stored_auto_map(remote.folder / name) == AUTO_MAP
 
 
@@ -491,13 +493,7 @@ def test_a_third_process_loads_what_was_trained_and_resumed(remote: Remote, name
     "name",
     [
         "changed",
-        pytest.param(
-            "namesake",
-            marks=pytest.mark.xfail(
-                reason="one folder name and one configuration file: Transformers gives the second checkpoint the model "
-                "class registered for the first; https://github.com/huggingface/transformers/issues/45698"
-            ),
-        ),
+        "namesake",
     ],
 )
 def test_a_checkpoint_with_other_code_runs_its_own(remote: Remote, name: str) -> None:
@@ -548,7 +544,7 @@ def test_with_our_package_what_another_process_saved_loads_too(remote: Remote) -
     assert AutoTokenizer.from_pretrained(remote.folder / "lm")(PROMPT)["input_ids"] == [3, 14, 15, 9, 26]
 
 
-def test_saving_only_a_configuration_saves_only_its_code(tmp_path: Path) -> None:
+def test_a_configuration_saved_alone_carries_the_model_code_too(tmp_path: Path) -> None:
     tiny_config().save_pretrained(tmp_path)
-    assert set(code_of(tmp_path)) == {"configuration_xlstm.py"}
+    assert set(code_of(tmp_path)) == {f"{name}.py" for name in TRAVELLING}
     assert stored_auto_map(tmp_path) == {"AutoConfig": AUTO_MAP["AutoConfig"]}

@@ -1,0 +1,241 @@
+"""Continuous batching: requests join and leave a running batch at any step, because every state has one size.
+
+A slot is a row of the running cache. At each step the engine decodes one token for every running request in one forward
+pass and, beside it, reads the next piece of the prompts of newcomers in another. What a request gets does not depend on
+its neighbours: sampling has a generator of its own per request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from .cache_xlstm import XLSTMCache
+from .modeling_xlstm import XLSTMForCausalLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt and how to continue it.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_new_tokens: how many tokens to make at most.
+        temperature: of sampling; 0 takes the most likely token.
+        top_k: sample from the so many most likely tokens; 0 for all.
+        top_p: sample from the most likely tokens that together have this probability.
+        seed: of this request's own generator.
+        stop: token sequences that end the text; they are part of it. The model's end tokens always end it.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: Sequence[Sequence[int]] = ()
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("`prompt` must hold at least one token id; got none. Begin with the model's BOS token.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1; got {self.max_new_tokens}.")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                "`temperature` and `top_k` must not be negative and `top_p` must be in (0, 1]; got "
+                f"{self.temperature}, {self.top_k} and {self.top_p}."
+            )
+        if any(not sequence for sequence in self.stop):
+            raise ValueError("`stop` must hold sequences of at least one token id; got an empty one.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One new token of one request.
+
+    Attributes:
+        request: number that `submit` gave.
+        id: the token.
+        end: None while the text goes on; else why it ended: "eos", "stop" or "length".
+    """
+
+    request: int
+    id: int
+    end: str | None
+
+
+class _Running:
+    """What the engine knows of one request."""
+
+    def __init__(self, number: int, request: Request, end_tokens: frozenset[int], device: torch.device):
+        self.number, self.request, self.end_tokens = number, request, end_tokens
+        self.unread = list(request.prompt)
+        self.new: list[int] = []
+        self.generator = torch.Generator(device).manual_seed(request.seed)
+        warpers: list[Any] = []
+        if request.temperature not in (0.0, 1.0):
+            warpers.append(TemperatureLogitsWarper(float(request.temperature)))
+        if request.top_k:
+            warpers.append(TopKLogitsWarper(request.top_k))
+        if request.top_p < 1:
+            warpers.append(TopPLogitsWarper(request.top_p))
+        self.warp = LogitsProcessorList(warpers)
+
+    def choose(self, logits: Tensor) -> Token:
+        """Take the next token from logits [vocab_size]."""
+        logits = logits.float()
+        if self.request.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            context = torch.tensor([[*self.request.prompt, *self.new]], device=logits.device)
+            weights = self.warp(context, logits[None]).softmax(-1)  # type: ignore[arg-type]
+            token = int(torch.multinomial(weights, 1, generator=self.generator))
+        self.new.append(token)
+        return Token(self.number, token, self._end())
+
+    def _end(self) -> str | None:
+        if self.new[-1] in self.end_tokens:
+            return "eos"
+        if any(self.new[-len(sequence) :] == list(sequence) for sequence in self.request.stop):
+            return "stop"
+        return "length" if len(self.new) == self.request.max_new_tokens else None
+
+
+class XLSTMEngine:
+    """A scheduler with slots around a language model; not safe to share between threads.
+
+    Args:
+        model: put into eval mode.
+        slots: requests that run at once; more wait.
+        prefill_chunk_size: prompt tokens read per newcomer and step, so that long prompts do not hold up the others.
+    """
+
+    def __init__(self, model: XLSTMForCausalLM, slots: int = 8, prefill_chunk_size: int = 256):
+        if slots < 1 or prefill_chunk_size < 1:
+            raise ValueError(
+                f"`slots` and `prefill_chunk_size` must be at least 1; got {slots} and {prefill_chunk_size}."
+            )
+        self.model = model.eval()
+        self.slots, self.prefill_chunk_size = slots, prefill_chunk_size
+        self._numbers = itertools.count()
+        self._waiting: deque[_Running] = deque()
+        # Row i of a cache belongs to request i of the list beside it.
+        self._reading: list[_Running] = []
+        self._reading_cache = XLSTMCache(model.config)
+        self._decoding: list[_Running] = []
+        self._decoding_cache = XLSTMCache(model.config)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; returns its number.
+
+        Raises:
+            ValueError: the prompt holds an id outside the vocabulary.
+        """
+        size = self.model.config.vocab_size
+        if not all(0 <= token < size for token in request.prompt):
+            raise ValueError(
+                f"`prompt` must hold ids from 0 to {size - 1}; got {min(request.prompt)} to {max(request.prompt)}."
+            )
+        ends = self.model.generation_config.eos_token_id
+        end_tokens = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        running = _Running(next(self._numbers), request, end_tokens, self.model.device)
+        self._waiting.append(running)
+        return running.number
+
+    def cancel(self, number: int) -> bool:
+        """Drop a request wherever it is; False if it is not here, ended or unknown."""
+        for running in self._waiting:
+            if running.number == number:
+                self._waiting.remove(running)
+                return True
+        for group, cache in ((self._reading, self._reading_cache), (self._decoding, self._decoding_cache)):
+            kept = [i for i, running in enumerate(group) if running.number != number]
+            if len(kept) < len(group):
+                self._keep(group, cache, kept)
+                return True
+        return False
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._waiting or self._reading or self._decoding)
+
+    @torch.no_grad()
+    def step(self) -> list[Token]:
+        """One decoding pass and one reading pass; returns the new tokens, in the order of the requests' numbers."""
+        tokens = self._decode() + self._read()
+        return sorted(tokens, key=lambda token: token.request)
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Token]:
+        """Submit requests and yield every new token of them, and of those submitted earlier, until all have ended."""
+        for request in requests:
+            self.submit(request)
+        while self.busy:
+            yield from self.step()
+
+    def generate(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The new tokens of each request."""
+        first = [self.submit(request) for request in requests]
+        new: dict[int, list[int]] = {number: [] for number in first}
+        for token in self.stream(()):
+            new.setdefault(token.request, []).append(token.id)
+        return [new[number] for number in first]
+
+    def _decode(self) -> list[Token]:
+        if not self._decoding:
+            return []
+        last = torch.tensor([[running.new[-1]] for running in self._decoding], device=self.model.device)
+        logits = self.model(last, past_key_values=self._decoding_cache).logits[:, -1]
+        tokens = [running.choose(row) for running, row in zip(self._decoding, logits, strict=True)]
+        self._keep(self._decoding, self._decoding_cache, [i for i, token in enumerate(tokens) if token.end is None])
+        return tokens
+
+    def _read(self) -> list[Token]:
+        """Read a piece of every newcomer's prompt; those that are through get their first token and start decoding."""
+        self._admit()
+        if not self._reading:
+            return []
+        pieces = [running.unread[: self.prefill_chunk_size] for running in self._reading]
+        T = max(map(len, pieces))
+        ids = torch.tensor([[0] * (T - len(piece)) + piece for piece in pieces], device=self.model.device)
+        mask = torch.tensor([[0] * (T - len(piece)) + [1] * len(piece) for piece in pieces], device=ids.device)
+        out = self.model(ids, attention_mask=mask, past_key_values=self._reading_cache, logits_to_keep=1)
+        tokens, joining, staying = [], [], []
+        for i, (running, piece) in enumerate(zip(self._reading, pieces, strict=True)):
+            running.unread = running.unread[len(piece) :]
+            if running.unread:
+                staying.append(i)
+                continue
+            tokens.append(running.choose(out.logits[i, -1]))
+            if tokens[-1].end is None:
+                joining.append(i)
+        self._decoding_cache.append_rows_(self._reading_cache, joining)
+        self._decoding += [self._reading[i] for i in joining]
+        self._keep(self._reading, self._reading_cache, staying)
+        return tokens
+
+    def _admit(self) -> None:
+        """Give free slots to those who wait."""
+        free = self.slots - len(self._reading) - len(self._decoding)
+        newcomers = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        self._reading += newcomers
+        if newcomers and self._reading_cache.batch_size > 0:
+            self._reading_cache.append_fresh_rows_(len(newcomers))
+
+    @staticmethod
+    def _keep(group: list[_Running], cache: XLSTMCache, rows: list[int]) -> None:
+        if len(rows) == len(group):
+            return
+        group[:] = [group[i] for i in rows]
+        if rows:
+            cache.batch_select_indices(torch.tensor(rows))
+        else:
+            cache.reset()
