@@ -96,7 +96,9 @@ def run_tasks(folder: Any, tasks: list[Callable[..., Any]], names: list[str]) ->
         except BaseException:
             report[task.__name__] = {"error": traceback.format_exc()}
     sources = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
-    report["loaded"] = {"value": sorted(source for source in sources if "xlstm" in source.rsplit("/", 1)[-1])}
+    # An editable installation leaves a module of its own, which only finds the package.
+    ours = (source for source in sources if "__editable__" not in source)
+    report["loaded"] = {"value": sorted(source for source in ours if "xlstm" in source.rsplit("/", 1)[-1])}
     with open(f"{folder}/report.json", "w") as file:
         json.dump(report, file)
 
