@@ -26,6 +26,7 @@ from .layers_xlstm import (
     CausalConv,
     FeedForward,
     HeadNorm,
+    HeadwiseLinear,
     LayerNorm,
     MLSTMLayer,
     RMSNorm,
@@ -81,7 +82,7 @@ class XLSTMPreTrainedModel(PreTrainedModel):
             self._init_mlstm_gates(module)
         elif isinstance(module, SLSTMLayer):
             self._init_slstm(module)
-        elif isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ == "HeadwiseLinear":
+        elif isinstance(module, (nn.Linear, nn.Embedding, HeadwiseLinear)):
             self._init_projection(module, small)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
