@@ -168,7 +168,7 @@ def read_standard_library() -> Text:
     if not train or not held_out:
         raise WrongInput(f"Python's standard library has no sources in {folder}. Train on yours: --text FILE...")
     about = (
-        f"The standard library of Python {platform.python_version()} (PSF license), {len(train) + len(held_out)} files: "
+        f"The standard library of Python {platform.python_version()} (PSF license), {len(train + held_out)} files: "
         "all its sources but tests, character tables, IDLE and what is not UTF-8. "
         f"Held out: {len(held_out)} files, chosen by a checksum of their names."
     )
