@@ -130,16 +130,22 @@ def with_past(x: Tensor, state: LayerState | None, window: int) -> Tensor:
     return torch.cat([past, x], 1)
 
 
-def last_inputs(x: Tensor, window: int, lengths: Tensor | None, reset: Tensor | None) -> Tensor:
+def last_inputs(
+    x: Tensor | None, state: LayerState | None, window: int, lengths: Tensor | None, reset: Tensor | None
+) -> Tensor | None:
     """The W - 1 inputs before the next token, zero where they belong to another document: [B, W - 1, D].
 
     Args:
-        x: see `with_past`, [B, W - 1 + T, D].
+        x: inputs of the convolution, [B, T, D]; None without one.
+        state: the state before the first token.
         window: W.
         lengths: number of real tokens of each row, [B].
         reset: True at the first token of a new document, [B, T].
     """
+    if x is None:
+        return None
     W = window
+    x = with_past(x, state, W)
     if lengths is None:
         lengths = torch.full(x.shape[:1], x.shape[1] - W + 1, device=x.device)
     index = (lengths[:, None] + torch.arange(W - 1, device=x.device))[..., None]  # [B, W - 1, 1]
@@ -220,8 +226,7 @@ def run_mlstm(
         input_gate=options.input_gate,
         backend=options.backend,
     )
-    conv = None if x is None else last_inputs(with_past(x, state, options.window), options.window, lengths, reset)
-    return h, LayerState(cell, conv)
+    return h, LayerState(cell, last_inputs(x, state, options.window, lengths, reset))
 
 
 def run_slstm(
@@ -244,8 +249,7 @@ def run_slstm(
         input_gate=options.input_gate,
         backend=options.backend,
     )
-    conv = None if x is None else last_inputs(with_past(x, state, options.window), options.window, lengths, reset)
-    return h, LayerState(cell, conv)
+    return h, LayerState(cell, last_inputs(x, state, options.window, lengths, reset))
 
 
 class MLSTMCell(nn.Module):

@@ -24,6 +24,7 @@ class TokenLayout:
         self.real = real
         self.lengths = None if real is None else real.sum(1)
         self.order = None if real is None else torch.argsort(~real, dim=1, stable=True)  # [B, T]
+        self.back = None if self.order is None else torch.argsort(self.order, dim=1)
         self.reset: Tensor | None = None
 
     def pack(self, x: Tensor) -> Tensor:
@@ -36,10 +37,9 @@ class TokenLayout:
 
     def unpack(self, x: Tensor) -> Tensor:
         """The inverse of `pack`."""
-        if self.order is None:
+        if self.back is None:
             return x
-        back = torch.argsort(self.order, dim=1)
-        return x.gather(1, back.view(*back.shape, *(1,) * (x.dim() - 2)).expand_as(x))
+        return x.gather(1, self.back.view(*self.back.shape, *(1,) * (x.dim() - 2)).expand_as(x))
 
 
 def lay_out_tokens(
