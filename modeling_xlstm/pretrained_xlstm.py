@@ -1,0 +1,110 @@
+"""What all xLSTM models share in Transformers: loading, saving and initialisation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_xlstm import AUTO_MAP, XLSTMConfig
+from .layers_xlstm import (
+    CausalConv,
+    FeedForward,
+    HeadNorm,
+    HeadwiseLinear,
+    LayerNorm,
+    MLSTMLayer,
+    RMSNorm,
+    SLSTMLayer,
+    UpMLSTMLayer,
+)
+
+
+class XLSTMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation, common to all xLSTM models."""
+
+    config: XLSTMConfig
+    config_class = XLSTMConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["XLSTMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    supports_gradient_checkpointing = True
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers, which would name this class only: a language model is a classifier's start too."""
+        if self._auto_class is not None:
+            self.config.auto_map = {**AUTO_MAP, **(getattr(self.config, "auto_map", None) or {})}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module by its type, as in the official packages; parents after, and over, their children."""
+        config = self.config
+        D, N = config.hidden_size, config.num_hidden_layers
+        small = math.sqrt(2 / (5 * D))
+        if isinstance(module, (RMSNorm, LayerNorm, HeadNorm)):
+            if module.weight is not None:
+                init.constant_(module.weight, 1.0 - getattr(module, "offset", 0.0))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, CausalConv):
+            bound = module.window**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, FeedForward):
+            self._init_projection(
+                module.down_proj, 2 / (N * math.sqrt(D if config.block_style == "neurips" else config.ffn_size))
+            )
+        elif isinstance(module, (MLSTMLayer, UpMLSTMLayer)):
+            out = module.out_proj if isinstance(module, MLSTMLayer) else module.down_proj
+            self._init_projection(out, 2 / (N * math.sqrt(D)))
+            self._init_mlstm_gates(module)
+        elif isinstance(module, SLSTMLayer):
+            self._init_slstm(module)
+        elif isinstance(module, (nn.Linear, nn.Embedding, HeadwiseLinear)):
+            self._init_projection(module, small)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Transformers passes over custom code's modules that have no parameter, or no missing one, of their own; ours
+        # initialise their children, and through `init` only, which leaves loaded weights alone.
+        super()._initialize_weights(module, is_custom_code=False)
+
+    def _init_projection(self, module: Any, std: float) -> None:
+        init.normal_(module.weight, mean=0.0, std=std)
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
+
+    def _init_mlstm_gates(self, module: MLSTMLayer | UpMLSTMLayer) -> None:
+        """Gates that do not look at their input at first: the forget gates nearly open, from 3 to 6 over the heads."""
+        config = self.config
+        init.zeros_(module.igate.weight)
+        init.zeros_(module.fgate.weight)
+        init.normal_(module.igate.bias, mean=config.input_gate_bias_mean, std=config.input_gate_bias_std)
+        init.copy_(module.fgate.bias, torch.linspace(3.0, 6.0, config.num_heads))
+        if isinstance(module, UpMLSTMLayer):
+            init.ones_(module.skip)
+
+    def _init_slstm(self, module: SLSTMLayer) -> None:
+        config = self.config
+        P, N = module.bias.shape[-1], config.num_hidden_layers
+        bound = config.hidden_size**-0.5
+        if config.recurrent_weight_init == "standard":
+            init.uniform_(module.recurrent, -bound, bound)
+        else:
+            init.zeros_(module.recurrent)
+        if config.slstm_bias_init == "standard":
+            init.uniform_(module.bias, -bound, bound)
+            return
+        bias = torch.zeros(module.bias.shape)
+        if config.slstm_bias_init == "small_init":
+            bias[1] = torch.linspace(3.0, 6.0, P)
+        elif config.slstm_bias_init == "powerlaw_blockdependent":
+            ratio = module.layer_idx / (N - 1) if N > 1 else 0.0
+            # One cell per head has no spread to lay out: it takes the first value.
+            spread = torch.arange(P) / max(P - 1, 1)
+            bias[1] = 5.0 - 12.0 * spread ** (0.3 + 1.3 * ratio)
+        init.copy_(module.bias, bias)
