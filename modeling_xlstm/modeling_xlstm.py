@@ -19,6 +19,7 @@ from transformers.utils import can_return_tuple, logging
 from .blocks_xlstm import XLSTMBlock
 from .cache_xlstm import XLSTMCache
 from .configuration_xlstm import XLSTMConfig
+from .debug_xlstm import check_finite
 from .layers_xlstm import block_norm, soft_cap
 from .pretrained_xlstm import XLSTMPreTrainedModel
 from .states_xlstm import Call
@@ -73,6 +74,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
 
         Raises:
             ValueError: both or neither of ids and embeddings; a mask, cache or packing that does not fit.
+            FloatingPointError: `config.debug` is set and a block gave values that are not finite.
         """
         warn_unused(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -89,10 +91,14 @@ class XLSTMModel(XLSTMPreTrainedModel):
         recording = cache is not None and cache.recording
         x = layout.pack(x)
         hidden, states = [], []
-        for layer, state in zip(self.layers, [None] * len(self.layers) if cache is None else cache.states, strict=True):
+        befores = [None] * len(self.layers) if cache is None else cache.states
+        for i, (layer, before) in enumerate(zip(self.layers, befores, strict=True)):
             if output_hidden_states:
                 hidden.append(layout.unpack(x))
-            x, state = layer(x, Call(state, layout.lengths, layout.reset, recording))
+            y, state = layer(x, Call(before, layout.lengths, layout.reset, recording))
+            if self.config.debug:
+                check_finite(f"layers.{i}", layer, x, y, before, state)
+            x = y
             states.append(state)
         x = layout.unpack(self.norm(x))
         if cache is not None:

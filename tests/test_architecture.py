@@ -40,10 +40,11 @@ TRAVELLING = {
     "statefile_xlstm": Module(1, {CONFIG, STATES}, {"torch", "safetensors"}),
     "cache_xlstm": Module(4, {CONFIG, STATES, "statefile_xlstm"}, {"torch", "transformers"}),
     "tokens_xlstm": Module(4, set(), {"torch"}),
+    "debug_xlstm": Module(4, {STATES}, {"torch"}),
     "pretrained_xlstm": Module(4, {CONFIG, "layers_xlstm"}, {"torch", "transformers"}),
     "modeling_xlstm": Module(
         5,
-        {CONFIG, STATES, TOKENS, "layers_xlstm", "blocks_xlstm", "cache_xlstm", "pretrained_xlstm"},
+        {CONFIG, STATES, TOKENS, "layers_xlstm", "blocks_xlstm", "cache_xlstm", "debug_xlstm", "pretrained_xlstm"},
         {"torch", "transformers"},
     ),
 }

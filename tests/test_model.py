@@ -447,3 +447,48 @@ def test_the_embedding_of_an_end_token_that_also_pads_is_trained() -> None:
     ids[0, 3] = 2
     _, gradients = loss_gradients(model, input_ids=ids, labels=ids)
     assert gradients["model.embed_tokens.weight"][2].any()
+
+
+def broken(where: str) -> tuple[XLSTMForCausalLM, dict[str, Any]]:
+    """A model in debug, and inputs, of which one thing is not finite."""
+    model, ids = tiny_model(XLSTMForCausalLM, "neurips", debug=True), tokens(2, 5)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    with torch.no_grad():
+        if where == "parameter":
+            model.model.layers[1].mixer.up_proj.weight[0, 0] = torch.nan
+        elif where == "state":
+            inputs["past_key_values"] = model(ids).past_key_values
+            inputs["past_key_values"].layers[1].state.cell.C[1] = torch.inf
+        else:
+            x = model.model.embed_tokens(ids)
+            x[1, 3, 0] = torch.inf
+            inputs = {"inputs_embeds": x}
+    return model, inputs
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (
+            "parameter",
+            r"`layers.1` .*output \(rows \[0, 1\], from token 0 on\).*began: parameter `mixer.up_proj.weight`",
+        ),
+        ("state", r"`layers.1` .*state `C` \(rows \[1\]\).*began: state before the first token `C` \(rows \[1\]\)"),
+        ("input", r"`layers.0` .*output \(rows \[1\], from token 3 on\).*began: input \(rows \[1\], from token 3 on\)"),
+    ],
+)
+def test_debug_tells_where_values_stopped_being_finite(where: str, message: str) -> None:
+    model, inputs = broken(where)
+    with pytest.raises(FloatingPointError, match=message):
+        model(**inputs)
+    model.config.debug = False
+    assert not model(**inputs).logits.isfinite().all()
+
+
+def test_debug_blames_the_range_of_the_dtype_where_everything_before_was_finite() -> None:
+    model = tiny_model(XLSTMForCausalLM, "large", "mlstm", debug=True).to(torch.float16)
+    x = torch.full((1, 2, 16), 60000.0, dtype=torch.float16)
+    with torch.no_grad():
+        model.model.layers[0].mixer.v_proj.weight.fill_(60000.0)
+        with pytest.raises(FloatingPointError, match=r"input \(largest 6e\+04 in torch.float16\), earlier"):
+            model(inputs_embeds=x)
