@@ -77,16 +77,14 @@ class XLSTMModel(XLSTMPreTrainedModel):
             FloatingPointError: `config.debug` is set and a block gave values that are not finite.
         """
         warn_unused(kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self._embed(input_ids, inputs_embeds)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self.embedding_dropout(x)
         B, T, _ = x.shape
         cache = self._open_cache(past_key_values, use_cache, B)
         past = 0 if cache is None else cache.get_seq_length()
-        layout = lay_out_tokens((B, T), past, attention_mask, seq_idx, cu_seq_lens_q, position_ids)
+        layout = lay_out_tokens((B, T), x.device, past, attention_mask, seq_idx, cu_seq_lens_q, position_ids)
 
         recording = cache is not None and cache.recording
         x = layout.pack(x)
@@ -108,6 +106,22 @@ class XLSTMModel(XLSTMPreTrainedModel):
             past_key_values=cache,
             hidden_states=(*hidden, x) if output_hidden_states else None,
         )
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The blocks' input, [B, T, D]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if input_ids is not None:
+            if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+                got = f"shape {tuple(input_ids.shape)} of {input_ids.dtype}"
+                raise ValueError(f"`input_ids` must be [B, T] integers, int64 or int32; got {got}.")
+            x: Tensor = self.embed_tokens(input_ids)
+            return x
+        D = self.config.hidden_size
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != D or not inputs_embeds.is_floating_point():
+            got = f"shape {tuple(inputs_embeds.shape)} of {inputs_embeds.dtype}"
+            raise ValueError(f"`inputs_embeds` must be [B, T, {D}] and floating point; got {got}.")
+        return inputs_embeds
 
     def _open_cache(self, cache: XLSTMCache | None, use_cache: bool | None, B: int) -> XLSTMCache | None:
         """The cache to read and write: the one given, a new one, or None."""
@@ -232,7 +246,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         """
         B, T = labels.shape
         mask = None if attention_mask is None else attention_mask[:, -T:]
-        layout = lay_out_tokens((B, T), 0, mask, **packing)
+        layout = lay_out_tokens((B, T), labels.device, 0, mask, **packing)
         if layout.lengths is None and layout.reset is None:
             return None
         targets = layout.pack(labels)

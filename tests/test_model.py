@@ -175,13 +175,18 @@ def test_padding_and_packing_combine(style: str) -> None:
         ({"seq_idx": torch.zeros(2, 5, dtype=torch.long)}, r"`seq_idx` must be \[2, 6\]"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 6])}, "describe a single row"),
         ({"inputs_embeds": torch.zeros(2, 6, 16)}, "exactly one of `input_ids` and `inputs_embeds`"),
+        ({"input_ids": torch.zeros(2, 6)}, r"`input_ids` must be \[B, T\] integers.*torch.float32"),
+        ({"input_ids": torch.zeros(6, dtype=torch.long)}, r"`input_ids` must be \[B, T\] integers"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(2, 6, 15)}, r"`inputs_embeds` must be \[B, T, 16\]"),
+        ({"attention_mask": torch.ones(2, 6, device="meta")}, "`attention_mask` must be on cpu"),
+        ({"seq_idx": torch.zeros(2, 6, device="meta")}, "`seq_idx` must be on cpu"),
         ({"past_key_values": DynamicCache()}, "`past_key_values` must be an XLSTMCache"),
     ],
 )
 def test_bad_arguments_are_named(fault: dict[str, Any], message: str) -> None:
     model = tiny_model(XLSTMModel)
     with pytest.raises(ValueError, match=message):
-        model(tokens(2, 6), **fault)
+        model(**{"input_ids": tokens(2, 6), **fault})
 
 
 @pytest.mark.parametrize(
@@ -202,6 +207,14 @@ def test_a_cache_of_another_batch_size_raises() -> None:
     model = tiny_model(XLSTMModel)
     cache = model(tokens(3, 4)).past_key_values
     with pytest.raises(ValueError, match="holds 3 rows and the input has 2"):
+        model(tokens(2, 4), past_key_values=cache)
+
+
+@every_style
+def test_a_cache_on_another_device_raises(style: str) -> None:
+    model = tiny_model(XLSTMModel, style)
+    cache = model(tokens(2, 4)).past_key_values.to("meta")
+    with pytest.raises(ValueError, match=r"must be (floating point )?on cpu as"):
         model(tokens(2, 4), past_key_values=cache)
 
 
