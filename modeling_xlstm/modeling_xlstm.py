@@ -89,8 +89,9 @@ class XLSTMModel(XLSTMPreTrainedModel):
         recording = cache is not None and cache.recording
         x = layout.pack(x)
         hidden, states = [], []
-        befores = [None] * len(self.layers) if cache is None else cache.states
-        for i, (layer, before) in enumerate(zip(self.layers, befores, strict=True)):
+        layers = self.layers[: self.config.num_hidden_layers]  # fewer while drafting with `assistant_early_exit`
+        befores = [None] * len(layers) if cache is None else cache.states
+        for i, (layer, before) in enumerate(zip(layers, befores, strict=True)):
             if output_hidden_states:
                 hidden.append(layout.unpack(x))
             y, state = layer(x, Call(before, layout.lengths, layout.reset, recording))
