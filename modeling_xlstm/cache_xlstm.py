@@ -224,6 +224,11 @@ class XLSTMCache(Cache):
         self.apply_(Tensor.detach)
         return self
 
+    def reset_rows_(self, rows: Tensor) -> None:
+        """Take the rows where `rows` [B] is True back to the start; what was recorded is forgotten."""
+        self._past.clear()
+        self.apply_(lambda x: x.masked_fill(rows.to(x.device).view(-1, *(1,) * (x.dim() - 1)), 0))
+
     def append_rows_(self, other: XLSTMCache, rows: Sequence[int]) -> None:
         """Take over some rows of another cache of the same model, behind the rows held; what was recorded is forgotten.
 

@@ -166,7 +166,12 @@ class XLSTMConfig(PreTrainedConfig):
 
     model_type = "extended_lstm"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads", "expand_factor": "ffn_proj_factor"}
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_attention_heads": "num_heads",
+        "expand_factor": "ffn_proj_factor",
+        # The name by which TRL, which computes the logits itself, finds the cap.
+        "final_logit_softcapping": "output_logit_soft_cap",
+    }
 
     vocab_size: int = 50304
     hidden_size: int = 1024
