@@ -20,15 +20,20 @@ from .modeling_xlstm import (
 )
 from .ops_mlstm import mlstm
 from .ops_slstm import slstm
+from .recurrent_xlstm import MLSTM, SLSTM, MLSTMCell, SLSTMCell
 from .serving_xlstm import Request, Token, XLSTMEngine
 from .states_xlstm import LayerState, MLSTMState, SLSTMState
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MLSTM",
+    "SLSTM",
     "LayerState",
+    "MLSTMCell",
     "MLSTMState",
     "Request",
+    "SLSTMCell",
     "SLSTMState",
     "Token",
     "XLSTMCache",
