@@ -20,7 +20,7 @@ from .modeling_xlstm import (
 )
 from .ops_mlstm import mlstm
 from .ops_slstm import slstm
-from .recurrent_xlstm import MLSTM, SLSTM, MLSTMCell, SLSTMCell
+from .recurrent_xlstm import MLSTM, SLSTM, MLSTMCell, SLSTMCell, mLSTM, sLSTM
 from .serving_xlstm import Request, Token, XLSTMEngine
 from .states_xlstm import LayerState, MLSTMState, SLSTMState
 
@@ -46,7 +46,9 @@ __all__ = [
     "XLSTMPreTrainedModel",
     "convert_from",
     "convert_to",
+    "mLSTM",
     "mlstm",
+    "sLSTM",
     "slstm",
 ]
 

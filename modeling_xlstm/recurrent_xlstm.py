@@ -413,3 +413,35 @@ class SLSTM(RecurrentLayers):
     """
 
     cell_class = SLSTMCell
+
+
+class mLSTM(nn.Module):  # PyxLSTM's spelling
+    """`MLSTM` behind the calls of PyxLSTM: (x [B, T, input_size], hidden_states) -> (outputs, hidden_states).
+
+    `hidden_states` is a list with one `MLSTMState` per layer.
+
+    Args:
+        input_size: width of the input.
+        hidden_size: width of each layer.
+        num_layers: number of layers.
+        dropout: dropout between layers.
+    """
+
+    layers_class: ClassVar[type[RecurrentLayers]] = MLSTM
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int, dropout: float = 0.0):
+        super().__init__()
+        self.layers = self.layers_class(input_size, hidden_size, num_layers, dropout=dropout)
+
+    def forward(self, input_seq: Tensor, hidden_state: Any = None) -> tuple[Tensor, list[Any]]:
+        state_class = self.layers.cell_class.state_class
+        if hidden_state is not None:
+            hidden_state = state_class(*(torch.stack(tensors) for tensors in zip(*hidden_state, strict=True)))
+        outputs, state = self.layers(input_seq, hidden_state)
+        return outputs, [state_class(*tensors) for tensors in zip(*state, strict=True)]
+
+
+class sLSTM(mLSTM):
+    """`SLSTM` in the same way, with one `SLSTMState` per layer."""
+
+    layers_class = SLSTM

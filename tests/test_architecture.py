@@ -52,6 +52,7 @@ MODULES = {
     "conversion_xlstm": Module(HOME, {CONFIG}, {"torch"}),
     "serving_xlstm": Module(HOME, {"cache_xlstm", "modeling_xlstm"}, {"torch", "transformers"}),
     "recurrent_xlstm": Module(HOME, {STATES, COMMON, "ops_mlstm", "ops_slstm", "layers_xlstm"}, {"torch"}),
+    "forecasting_cells": Module(HOME + 1, {STATES, COMMON, "recurrent_xlstm"}, {"torch"}),
     "__init__": Module(
         HOME + 1, {*TRAVELLING, "conversion_xlstm", "serving_xlstm", "recurrent_xlstm"}, {"torch", "transformers"}
     ),
