@@ -1,9 +1,9 @@
 """pytorch-forecasting's xLSTM cells, layers and networks: the same parameter names, calls and numbers.
 
-For state dicts trained there (`pytorch_forecasting` 1.8). These are not the paper's cells: their "mLSTM" keeps a vector,
-v scaled by the sum of k, instead of a matrix, and has sigmoid gates only; their "sLSTM" normalises gates over channels
-instead of over time. `PaperMLSTMCell` and `PaperSLSTMCell` are the paper's behind the same calls; layers and networks
-take them as `cell_class`.
+For state dicts trained there (`pytorch_forecasting` 1.8). These are not the paper's cells: their "mLSTM" keeps a
+vector, v scaled by the sum of k, instead of a matrix, and has sigmoid gates only; their "sLSTM" normalises gates over
+channels instead of over time. `PaperMLSTMCell` and `PaperSLSTMCell` are the paper's behind the same calls; layers and
+networks take them as `cell_class`.
 """
 
 from __future__ import annotations
