@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -73,6 +74,18 @@ def mark_tokens(
         return None, reset
     padded = torch.arange(T, device=device) >= lengths[:, None]
     return padded, None if reset is None else reset & ~padded
+
+
+def check_gates(input_gate: str) -> None:
+    """Raise ValueError unless the name is one that `log_gates` knows."""
+    if input_gate not in ("exp", "sigmoid", "exp_both"):
+        raise ValueError(f"`input_gate` must be 'exp', 'sigmoid' or 'exp_both'; got {input_gate!r}.")
+
+
+def log_gates(i_tilde: Tensor, f_tilde: Tensor, input_gate: str) -> tuple[Tensor, Tensor]:
+    """Natural logs of the input and the forget gate, from their pre-activations."""
+    log_i = F.logsigmoid(i_tilde) if input_gate == "sigmoid" else i_tilde
+    return log_i, f_tilde if input_gate == "exp_both" else F.logsigmoid(f_tilde)
 
 
 def choose_backend(backend: str, available: Mapping[str, bool]) -> str:

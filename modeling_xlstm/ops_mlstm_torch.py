@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .ops_common import log_gates
 from .states_xlstm import MLSTMState, compute_dtype
 
 
@@ -62,7 +63,7 @@ def _weigh_tokens(
 
     `document` counts the resets since the start of each chunk, [B, 1, N, L]; tokens of the same one see each other.
     """
-    N, L = log_i.shape[2:]
+    L = log_i.shape[-1]
     b = log_f.cumsum(-1)
     a = log_i - b
     if document is None:
@@ -240,8 +241,8 @@ def mlstm_chunkwise_torch(
     C, n, m = MLSTMState.zeros(B, H, K, v.shape[-1], like=v) if state is None else (x.to(dtype) for x in state)
     N = math.ceil(T / chunk_size)
     L = math.ceil(T / N)  # the last chunk is nearly full
-    log_i = F.logsigmoid(i_tilde) if input_gate == "sigmoid" else i_tilde
-    log_i, log_f = _into_chunks(log_i, N, L, -torch.inf), _into_chunks(F.logsigmoid(f_tilde), N, L)
+    log_i, log_f = log_gates(i_tilde, f_tilde, input_gate)
+    log_i, log_f = _into_chunks(log_i, N, L, -torch.inf), _into_chunks(log_f, N, L)
     document = None
     if reset is not None:
         document = _into_chunks(reset[:, :, None].long(), N, L).cumsum(-1)

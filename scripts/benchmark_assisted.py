@@ -59,10 +59,12 @@ def write(model: XLSTMForCausalLM, prompts: list[Tensor], new: int, options: dic
 
     hook = model.model.register_forward_pre_hook(count, with_kwargs=True)
     fixed: Any = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    texts, drafted, start = [], 0, time.perf_counter()
+    texts: list[list[int]] = []
+    start = time.perf_counter()
     for prompt in prompts:
         columns.append(-prompt.shape[1])  # the first pass reads the prompt too
-        texts += model.generate(prompt, **fixed, **options).tolist()  # type: ignore[misc]
+        out: Any = model.generate(prompt, **fixed, **options)  # type: ignore[misc]
+        texts += out.tolist()
     seconds = time.perf_counter() - start
     hook.remove()
     passes = len(columns) - len(prompts)

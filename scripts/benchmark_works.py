@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -111,8 +111,8 @@ EMBEDDING = {
 def forward_of(model: Any) -> Callable[[Tensor], Tensor]:
     """[B, T] ids to [B, T, vocab_size] logits, without states."""
     if type(model).__name__ == "xLSTMLMModel":
-        return model  # type: ignore[no-any-return]
-    return lambda tokens: model(tokens, use_cache=False).logits  # type: ignore[no-any-return]
+        return model
+    return lambda tokens: model(tokens, use_cache=False).logits
 
 
 def prefill(model: Any, tokens: Tensor) -> Run:
@@ -123,10 +123,10 @@ def prefill(model: Any, tokens: Tensor) -> Run:
     def run() -> Tensor:
         name = type(model).__name__
         if name == "xLSTMLMModel":
-            return model(tokens)[:, -1]  # type: ignore[no-any-return]
+            return model(tokens)[:, -1]
         if name == "xLSTMForCausalLM":  # computes the logits of every token
-            return model(tokens, use_cache=True).logits[:, -1]  # type: ignore[no-any-return]
-        return model(tokens, use_cache=True, logits_to_keep=1).logits[:, -1]  # type: ignore[no-any-return]
+            return model(tokens, use_cache=True).logits[:, -1]
+        return model(tokens, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     return run
 
@@ -163,7 +163,7 @@ class Decoding:
 
 def neurips_training(dtype: torch.dtype) -> Contest:
     tokens = ids(4, 512)
-    models = (model.to(dtype) for model in neurips_models())
+    models: list[Any] = [model.to(dtype) for model in list[Any](neurips_models())]
     runs = {n: training(m, forward_of(m), tokens) for n, m in zip(("ours", "official"), models, strict=True)}
     return Contest(tokens.numel(), runs, 2.2, AGREEMENT[dtype])
 
@@ -200,8 +200,7 @@ def neurips_decoding(B: int) -> Contest:
 
 def mlstm_op(K: int, V: int, backward: bool) -> Contest:
     from mlstm_kernels.torch.chunkwise.native import (  # type: ignore[import-not-found]
-        mlstm_chunkwise__native_autograd,
-        mlstm_chunkwise__native_custbw,
+        mlstm_chunkwise__native_autograd as kernel,
     )
 
     B, T, H = 1, 2048, SIZE["num_heads"]
@@ -216,7 +215,7 @@ def mlstm_op(K: int, V: int, backward: bool) -> Contest:
         h, _ = mlstm(q, k, v, i, f)
         return torch.autograd.grad(h, (q, v), dh) if backward else (h,)
 
-    def official(kernel: Callable[..., Tensor], chunk_size: int) -> Run:
+    def official(chunk_size: int) -> Run:
         def run() -> tuple[Tensor, ...]:
             h = kernel(*theirs, chunk_size=chunk_size)
             h = h[0] if isinstance(h, tuple) else h
@@ -227,10 +226,7 @@ def mlstm_op(K: int, V: int, backward: bool) -> Contest:
 
         return run
 
-    kernels = {"autograd": mlstm_chunkwise__native_autograd}
-    runs: dict[str, Run] = {"ours": ours}
-    for name, kernel in kernels.items():
-        runs |= {f"official {name} {L}": official(kernel, L) for L in (32, 64, 128, 256)}
+    runs: dict[str, Run] = {"ours": ours, **{f"official {L}": official(L) for L in (32, 64, 128, 256)}}
     return Contest(B * T, runs, 2.0, AGREEMENT[torch.float32])
 
 
@@ -242,8 +238,8 @@ def large_prefill(T: int) -> Contest:
 
 
 def large_decoding(B: int, dtype: torch.dtype) -> Contest:
-    ours, theirs = (model.to(dtype) for model in large_models())
-    runs = {
+    ours, theirs = (model.to(dtype) for model in list[Any](large_models()))
+    runs: dict[str, Run] = {
         name: Decoding(model, ids(B, 64), ids(B, DECODED))
         for name, model in {"ours": ours, "transformers xlstm": theirs}.items()
     }

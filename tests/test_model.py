@@ -174,7 +174,7 @@ def test_padding_and_packing_combine(style: str) -> None:
         ({"attention_mask": torch.ones(1, 6)}, r"`attention_mask` must be \[2, 6\]"),
         ({"seq_idx": torch.zeros(2, 5, dtype=torch.long)}, r"`seq_idx` must be \[2, 6\]"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 6])}, "describe a single row"),
-        ({"inputs_embeds": torch.zeros(2, 6, 16)}, "exactly one of `input_ids` and `inputs_embeds`"),
+        ({"inputs_embeds": torch.zeros(2, 6, 16)}, "exactly one of `input_ids`, `inputs_embeds`"),
         ({"input_ids": torch.zeros(2, 6)}, r"`input_ids` must be \[B, T\] integers.*torch.float32"),
         ({"input_ids": torch.zeros(6, dtype=torch.long)}, r"`input_ids` must be \[B, T\] integers"),
         ({"input_ids": None, "inputs_embeds": torch.zeros(2, 6, 15)}, r"`inputs_embeds` must be \[B, T, 16\]"),
