@@ -52,6 +52,7 @@ MODULES = {
     "conversion_xlstm": Module(HOME, {CONFIG}, {"torch"}),
     "serving_xlstm": Module(HOME, {"cache_xlstm", "modeling_xlstm"}, {"torch", "transformers"}),
     "training_xlstm": Module(HOME, {"cache_xlstm", CONFIG}, {"torch", "transformers"}),
+    "tuning_xlstm": Module(HOME, {"cache_xlstm", STATES}, {"torch"}),
     "__init__": Module(HOME + 1, {*TRAVELLING, "conversion_xlstm", "serving_xlstm"}, {"torch", "transformers"}),
 }
 TABLE = "the table MODULES in tests/test_architecture.py and the one in docs/architecture.md"

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded
 import torch
+import torch.distributed.checkpoint as dcp
 from carried import LENGTHS, documents, joined_states, result, trainer
 from checkout import ROOT
 from hypothesis import given
@@ -105,14 +107,19 @@ def test_four_micro_batches_of_one_lane_train_as_one_batch_of_four(tmp_path: Pat
     assert_same(*results, TRAINED)
 
 
+def launch_two(script: str, folder: Path) -> None:
+    """Run a script of the tests in two processes that talk over gloo."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    places = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    command = [*launch, str(ROOT / "tests" / script), str(folder)]
+    done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """Over gloo: every process carries the states of its own lanes."""
-    script = [str(ROOT / "tests" / "carried.py"), str(tmp_path)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
-    places = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(launch, env={**os.environ, **places}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    launch_two("carried.py", tmp_path)
     first, second = (torch.load(tmp_path / f"result-{rank}.pt") for rank in range(2))
     assert_identical(first["weights"], second["weights"])
     # Lanes 0 and 2 are the first process's, 1 and 3 the second's; each keeps its own part of the loss.
@@ -138,6 +145,18 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path, stop: int) 
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
     again.losses[:stop] = whole.losses[:stop]
     assert_identical(result(again), result(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process needs no process group
+def test_sharded_over_two_processes_trains_as_one_and_its_checkpoint_loads_in_one(tmp_path: Path) -> None:
+    """FSDP2, block by block, with carried states."""
+    launch_two("sharded.py", tmp_path)
+    alone, ids = sharded.setting()
+    sharded.train(alone, ids)
+    loaded = {name: torch.empty_like(x) for name, x in alone.state_dict().items()}
+    dcp.load(loaded, checkpoint_id=str(tmp_path), no_dist=True)
+    assert_same(loaded, alone.state_dict())
 
 
 def test_evaluation_carries_states_of_its_own(tmp_path: Path) -> None:
