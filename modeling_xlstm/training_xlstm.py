@@ -137,9 +137,10 @@ class XLSTMTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         # Trainer drops the columns that forward does not name, and these are not named but passed on.
-        super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        self._signature_columns = [*columns, *PACKING]  # type: ignore[assignment]
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            columns: Any = self._signature_columns
+            self._signature_columns = [*columns, *PACKING]  # type: ignore[assignment]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
