@@ -5,12 +5,14 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTimeSeriesPrediction,
     AutoModelForTokenClassification,
 )
 
 from .cache_xlstm import XLSTMCache
 from .configuration_xlstm import XLSTMConfig
 from .conversion_xlstm import convert_from, convert_to
+from .forecasting_xlstm import XLSTMForecastOutput, XLSTMForForecasting
 from .modeling_xlstm import (
     XLSTMForCausalLM,
     XLSTMForSequenceClassification,
@@ -20,28 +22,43 @@ from .modeling_xlstm import (
 )
 from .ops_mlstm import mlstm
 from .ops_slstm import slstm
+from .recurrent_xlstm import MLSTM, SLSTM, MLSTMCell, SLSTMCell, mLSTM, sLSTM
+from .sequence_xlstm import XLSTMEncoder, build_encoder, output_size, param_count, recommended_defaults
 from .serving_xlstm import Request, Token, XLSTMEngine
 from .states_xlstm import LayerState, MLSTMState, SLSTMState
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MLSTM",
+    "SLSTM",
     "LayerState",
+    "MLSTMCell",
     "MLSTMState",
     "Request",
+    "SLSTMCell",
     "SLSTMState",
     "Token",
     "XLSTMCache",
     "XLSTMConfig",
+    "XLSTMEncoder",
     "XLSTMEngine",
     "XLSTMForCausalLM",
+    "XLSTMForForecasting",
     "XLSTMForSequenceClassification",
     "XLSTMForTokenClassification",
+    "XLSTMForecastOutput",
     "XLSTMModel",
     "XLSTMPreTrainedModel",
+    "build_encoder",
     "convert_from",
     "convert_to",
+    "mLSTM",
     "mlstm",
+    "output_size",
+    "param_count",
+    "recommended_defaults",
+    "sLSTM",
     "slstm",
 ]
 
@@ -51,6 +68,7 @@ for auto_class, model_class in (
     (AutoModel, XLSTMModel),
     (AutoModelForCausalLM, XLSTMForCausalLM),
     (AutoModelForSequenceClassification, XLSTMForSequenceClassification),
+    (AutoModelForTimeSeriesPrediction, XLSTMForForecasting),
     (AutoModelForTokenClassification, XLSTMForTokenClassification),
 ):
     auto_class.register(XLSTMConfig, model_class, exist_ok=True)

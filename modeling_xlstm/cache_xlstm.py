@@ -125,7 +125,8 @@ class XLSTMCache(Cache):
     layers: list[XLSTMCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, config: XLSTMConfig):
-        super().__init__(layers=[XLSTMCacheLayer(block_type) for block_type in config.block_types or []])
+        block_types = (config.block_types or [])[: config.num_hidden_layers]
+        super().__init__(layers=[XLSTMCacheLayer(block_type) for block_type in block_types])
         self.model = fingerprint(config)
         self.tokens_seen = 0
         self.unchecked = False

@@ -13,6 +13,7 @@ from transformers.generation import GenerationConfig
 if TYPE_CHECKING:
     # Never runs. Transformers tells two checkpoints of one folder name apart by the files it finds named from here, and
     # gives the second one the first one's model if these are the same.
+    from .forecasting_xlstm import XLSTMForForecasting  # noqa: F401
     from .modeling_xlstm import XLSTMPreTrainedModel  # noqa: F401
 
 BlockStyle = Literal["neurips", "large", "residual"]
@@ -82,6 +83,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_xlstm.XLSTMModel",
     "AutoModelForCausalLM": "modeling_xlstm.XLSTMForCausalLM",
     "AutoModelForSequenceClassification": "modeling_xlstm.XLSTMForSequenceClassification",
+    "AutoModelForTimeSeriesPrediction": "forecasting_xlstm.XLSTMForForecasting",
     "AutoModelForTokenClassification": "modeling_xlstm.XLSTMForTokenClassification",
 }
 
@@ -109,7 +111,9 @@ class XLSTMConfig(PreTrainedConfig):
     - "residual": x + mixer(LayerNorm x), x + GELU feed-forward(LayerNorm x).
 
     Args:
-        vocab_size: number of token ids.
+        vocab_size: number of token ids; 0, the default with an `input_size`, leaves the embedding out.
+        input_size: channels of a continuous input, read as `input_features` [B, T, input_size]; of a series to
+            forecast, its target channels. None leaves the projection out.
         hidden_size: width of the residual stream, D.
         num_hidden_layers: number of blocks.
         num_heads: heads of every mixer, H; `slstm_num_heads` overrides it for sLSTM.
@@ -145,6 +149,13 @@ class XLSTMConfig(PreTrainedConfig):
         ffn_dropout: dropout of the feed-forward outputs.
         embedding_dropout: dropout of the embeddings.
         classifier_dropout: dropout before the token classification head.
+        pooling: what a sequence is classified by, the hidden state of its "last" real token or the "mean" over all.
+        prediction_length: frames to forecast; None without a forecasting head.
+        context_length: most frames of the past a forecast may be given; None sets no limit.
+        num_past_covariates: channels known for the past only, given beside the series.
+        forecast_distribution: "quantile" or "gaussian", what the head predicts and is trained for.
+        quantiles: levels of the quantile head, rising; None takes 0.1 to 0.9.
+        instance_norm: whether each series is centred and scaled by its own past.
         tie_word_embeddings: whether the LM head is the embedding.
         recurrent_weight_init: "zeros" or "standard", uniform in +-1/sqrt(D).
         slstm_bias_init: "powerlaw_blockdependent", "small_init", "zeros" or "standard".
@@ -153,6 +164,7 @@ class XLSTMConfig(PreTrainedConfig):
         chunk_size: tokens per chunk of the mLSTM; steers speed and memory, never the result.
         kernel_backend: "auto", "torch" or "reference"; steers speed, never the result.
         state_dtype: "float32" or "float64", the least precision of gates and states.
+        debug: whether every block's output and state is checked to be finite, with a diagnosis if not; costs time.
         use_cache: whether the model returns its states by default outside training.
         pad_token_id: id of the padding token.
         bos_token_id: id of the token that begins a text.
@@ -173,6 +185,7 @@ class XLSTMConfig(PreTrainedConfig):
     }
 
     vocab_size: int = 50304
+    input_size: int | None = None
     hidden_size: int = 1024
     num_hidden_layers: int = 24
     num_heads: int = 4
@@ -206,6 +219,13 @@ class XLSTMConfig(PreTrainedConfig):
     ffn_dropout: float = 0.0
     embedding_dropout: float = 0.0
     classifier_dropout: float = 0.0
+    pooling: Literal["last", "mean"] = "last"
+    prediction_length: int | None = None
+    context_length: int | None = None
+    num_past_covariates: int = 0
+    forecast_distribution: Literal["quantile", "gaussian"] = "quantile"
+    quantiles: list[float] | None = None
+    instance_norm: bool = True
     tie_word_embeddings: bool = False
     recurrent_weight_init: Literal["zeros", "standard"] = "zeros"
     slstm_bias_init: Literal["powerlaw_blockdependent", "small_init", "zeros", "standard"] = "powerlaw_blockdependent"
@@ -214,6 +234,7 @@ class XLSTMConfig(PreTrainedConfig):
     chunk_size: int = 64
     kernel_backend: Literal["auto", "torch", "reference"] = "auto"
     state_dtype: Literal["float32", "float64"] = "float32"
+    debug: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -232,6 +253,8 @@ class XLSTMConfig(PreTrainedConfig):
         self._refuse_unknown(kwargs, known={field.name for field in own} | base)
         style = kwargs.get("block_style", type(self).block_style)
         values = {**{field.name: field.default for field in own}, **STYLE_DEFAULTS.get(style, {})}
+        if kwargs.get("input_size") is not None:
+            values["vocab_size"] = 0  # no embedding unless it is asked for
         values.update((name, kwargs.pop(name)) for name in list(kwargs) if name in values)
         for name, value in values.items():
             # JSON has one kind of number, and 15 is a good float.
@@ -242,6 +265,8 @@ class XLSTMConfig(PreTrainedConfig):
         if self.head_dim is None and self.block_style == "residual" and self.num_heads > 0:
             whole, rest = divmod(self.hidden_size, self.num_heads)
             self.head_dim = None if rest else whole
+        if self.quantiles is None and self.prediction_length is not None and self.forecast_distribution == "quantile":
+            self.quantiles = [level / 10 for level in range(1, 10)]
         self._fill_block_types(slstm_at, variant)
         super().__init__(**kwargs)
 
@@ -324,12 +349,40 @@ class XLSTMConfig(PreTrainedConfig):
             self.ffn_proj_factor * self.hidden_size, self.ffn_round_up_to_multiple_of, self.ffn_rounding
         )
 
+    @property
+    def frame_size(self) -> int:
+        """Width of the frames the base model reads; a series to forecast comes with what is known of each value."""
+        if self.input_size is None:
+            return 0
+        if self.prediction_length is None:
+            return self.input_size
+        return 2 * self.input_size + (self.num_past_covariates + 1 if self.num_past_covariates else 0)
+
+    def validate_forecasting(self) -> None:
+        """A forecast has a length, a series to forecast, and rising levels."""
+        if self.prediction_length is not None and self.input_size is None:
+            raise ValueError(
+                f"`prediction_length` needs an `input_size`, the channels to forecast; got {self.prediction_length} "
+                "and None."
+            )
+        for name in ("input_size", "prediction_length", "context_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, or None; got {value}.")
+        if self.num_past_covariates < 0:
+            raise ValueError(f"`num_past_covariates` must be 0 or above; got {self.num_past_covariates}.")
+        levels = self.quantiles or []
+        if levels != sorted(set(levels)) or not all(0 < level < 1 for level in levels) or self.quantiles == []:
+            raise ValueError(f"`quantiles` must rise between 0 and 1; got {self.quantiles}.")
+
     def validate_sizes(self) -> None:
         """Every count is positive, every factor and rate is in its range."""
-        counts = (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "slstm_num_heads", "chunk_size",
+        no_vocabulary = self.vocab_size == 0 and self.input_size is not None
+        counts = [
+            *["vocab_size"][no_vocabulary:], "hidden_size", "num_hidden_layers", "num_heads", "slstm_num_heads",
+            "chunk_size",
             "qkv_proj_blocksize", "proj_round_up_to_multiple_of", "ffn_round_up_to_multiple_of",
-        )  # fmt: skip
+        ]  # fmt: skip
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")

@@ -126,6 +126,10 @@ class CausalConv(nn.Module):
 def with_past(x: Tensor, state: LayerState | None, window: int) -> Tensor:
     """The inputs a convolution looks back on, then those of the tokens: [B, W - 1 + T, D]."""
     past = None if state is None else state.conv
+    if past is not None and past.device != x.device:
+        raise ValueError(
+            f"The state must be on {x.device} as the input is; got {past.device}. Use `.to()` on the cache."
+        )
     past = x.new_zeros(x.shape[0], window - 1, x.shape[2]) if past is None else past.to(x.dtype)
     return torch.cat([past, x], 1)
 
@@ -252,7 +256,7 @@ def run_slstm(
     return h, LayerState(cell, last_inputs(x, state, options.window, lengths, reset))
 
 
-class MLSTMCell(nn.Module):
+class MLSTMHeads(nn.Module):
     """What both mLSTM layers share: the cell with its gates' caps and its head norm, [B, T, H, .] -> [B, T, H * V]."""
 
     def __init__(self, config: XLSTMConfig, window: int):
@@ -287,7 +291,7 @@ class MLSTMLayer(nn.Module):
         self.igate = nn.Linear(D, config.num_heads)
         self.fgate = nn.Linear(D, config.num_heads)
         self.ogate = nn.Linear(D, config.v_size, bias=bias)
-        self.cell = MLSTMCell(config, window=0)
+        self.cell = MLSTMHeads(config, window=0)
         self.out_proj = nn.Linear(config.v_size, D, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -311,7 +315,7 @@ class UpMLSTMLayer(nn.Module):
         self.v_proj = HeadwiseLinear(blocks, blocksize, blocksize, bias)
         self.igate = nn.Linear(3 * E, config.num_heads)
         self.fgate = nn.Linear(3 * E, config.num_heads)
-        self.cell = MLSTMCell(config, config.conv_kernel_size)
+        self.cell = MLSTMHeads(config, config.conv_kernel_size)
         self.skip = nn.Parameter(torch.ones(E))
         self.down_proj = nn.Linear(E, D, bias=bias)
         self.dropout = nn.Dropout(config.dropout)

@@ -19,6 +19,7 @@ from transformers.utils import can_return_tuple, logging
 from .blocks_xlstm import XLSTMBlock
 from .cache_xlstm import XLSTMCache
 from .configuration_xlstm import XLSTMConfig
+from .debug_xlstm import check_finite
 from .layers_xlstm import block_norm, soft_cap
 from .pretrained_xlstm import XLSTMPreTrainedModel
 from .states_xlstm import Call
@@ -33,7 +34,8 @@ class XLSTMModel(XLSTMPreTrainedModel):
     def __init__(self, config: XLSTMConfig):
         super().__init__(config)
         config.validate()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.vocab_size else None
+        self.frame_proj = nn.Linear(config.frame_size, config.hidden_size) if config.frame_size else None
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(XLSTMBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = block_norm(config) if config.add_out_norm else nn.Identity()
@@ -52,6 +54,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
         output_hidden_states: bool | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        input_features: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run T tokens from the states in the cache, or from the start.
@@ -66,33 +69,38 @@ class XLSTMModel(XLSTMPreTrainedModel):
             output_hidden_states: whether to return the embeddings and every block's output, the last one normalised.
             seq_idx: number of each token's document in a packed row, [B, T].
             cu_seq_lens_q: first token of each document of a single packed row, then T, [documents + 1].
+            input_features: frames instead of ids, [B, T, config.frame_size]; for configurations with an `input_size`.
             kwargs: `return_dict` is honoured; a keyword that no part of the model knows is warned about.
 
         Returns:
             output: with `last_hidden_state` [B, T, D], `past_key_values` and `hidden_states`.
 
         Raises:
-            ValueError: both or neither of ids and embeddings; a mask, cache or packing that does not fit.
+            ValueError: not one of ids, embeddings and frames; a mask, cache or packing that does not fit.
+            FloatingPointError: `config.debug` is set and a block gave values that are not finite.
         """
         warn_unused(kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self._embed(input_ids, inputs_embeds, input_features)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self.embedding_dropout(x)
         B, T, _ = x.shape
         cache = self._open_cache(past_key_values, use_cache, B)
         past = 0 if cache is None else cache.get_seq_length()
-        layout = lay_out_tokens((B, T), past, attention_mask, seq_idx, cu_seq_lens_q, position_ids)
+        layout = lay_out_tokens((B, T), x.device, past, attention_mask, seq_idx, cu_seq_lens_q, position_ids)
 
         recording = cache is not None and cache.recording
         x = layout.pack(x)
         hidden, states = [], []
-        for layer, state in zip(self.layers, [None] * len(self.layers) if cache is None else cache.states, strict=True):
+        layers = self.layers[: self.config.num_hidden_layers]  # fewer while drafting with `assistant_early_exit`
+        befores = [None] * len(layers) if cache is None else cache.states
+        for i, (layer, before) in enumerate(zip(layers, befores, strict=True)):
             if output_hidden_states:
                 hidden.append(layout.unpack(x))
-            x, state = layer(x, Call(state, layout.lengths, layout.reset, recording))
+            y, state = layer(x, Call(before, layout.lengths, layout.reset, recording))
+            if self.config.debug:
+                check_finite(f"layers.{i}", layer, x, y, before, state)
+            x = y
             states.append(state)
         x = layout.unpack(self.norm(x))
         if cache is not None:
@@ -102,6 +110,30 @@ class XLSTMModel(XLSTMPreTrainedModel):
             past_key_values=cache,
             hidden_states=(*hidden, x) if output_hidden_states else None,
         )
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, input_features: Tensor | None) -> Tensor:
+        """What was given, as [B, T, D]."""
+        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "input_features": input_features}
+        if sum(x is not None for x in given.values()) != 1:
+            raise ValueError(f"Pass exactly one of {', '.join(f'`{name}`' for name in given)}.")
+        name, x = next((name, x) for name, x in given.items() if x is not None)
+        reader: nn.Module | None
+        if name == "input_ids":
+            if x.dim() != 2 or x.dtype not in (torch.int64, torch.int32):
+                got = f"shape {tuple(x.shape)} of {x.dtype}"
+                raise ValueError(f"`input_ids` must be [B, T] integers, int64 or int32; got {got}.")
+            reader, field = self.embed_tokens, "vocab_size"
+        else:
+            width = self.config.hidden_size if name == "inputs_embeds" else self.config.frame_size
+            if x.dim() != 3 or x.shape[-1] != width or not x.is_floating_point():
+                got = f"shape {tuple(x.shape)} of {x.dtype}"
+                raise ValueError(f"`{name}` must be [B, T, {width}] and floating point; got {got}.")
+            if name == "inputs_embeds":
+                return x
+            reader, field = self.frame_proj, "input_size"
+        if reader is None:
+            raise ValueError(f"`{name}` cannot be read: this model was made without `{field}`.")
+        return reader(x)
 
     def _open_cache(self, cache: XLSTMCache | None, use_cache: bool | None, B: int) -> XLSTMCache | None:
         """The cache to read and write: the one given, a new one, or None."""
@@ -164,6 +196,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: XLSTMConfig):
         super().__init__(config)
+        if not config.vocab_size:
+            raise ValueError("A language model needs a `vocab_size`; got 0, the default with an `input_size`.")
         self.model = XLSTMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -226,7 +260,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         """
         B, T = labels.shape
         mask = None if attention_mask is None else attention_mask[:, -T:]
-        layout = lay_out_tokens((B, T), 0, mask, **packing)
+        layout = lay_out_tokens((B, T), labels.device, 0, mask, **packing)
         if layout.lengths is None and layout.reset is None:
             return None
         targets = layout.pack(labels)
@@ -273,7 +307,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
 
 
 class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
-    """A linear head over the last real token of each row: classification or regression."""
+    """A linear head over the last real token of each row, or the mean over all: classification or regression."""
 
     def __init__(self, config: XLSTMConfig):
         super().__init__(config)
@@ -298,6 +332,7 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
 
         Arguments are those of `XLSTMModel.forward`, and: `labels`, class indices [B], or targets [B] or [B, num_labels]
         for regression. Without an `attention_mask`, `pad_token_id` in the ids tells where a row ends.
+        `config.pooling` chooses what is classified, over the tokens of this call.
 
         Returns:
             output: with `loss`, `logits` [B, num_labels], `past_key_values` and `hidden_states`.
@@ -314,12 +349,12 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
-        logits = self.score(outputs.last_hidden_state)
-        rows = torch.arange(logits.shape[0], device=logits.device)
-        pooled = logits[rows, self._last_token(input_ids, attention_mask, logits)]
+        hidden = outputs.last_hidden_state
+        real = self._real_tokens(input_ids, attention_mask, hidden)
+        pooled = self.score(last_of(hidden, real) if self.config.pooling == "last" else mean_of(hidden, real))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled, config=self.config)
+            loss = self.loss_function(logits=pooled, labels=labels, pooled_logits=pooled, config=self.config)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=pooled,
@@ -327,22 +362,31 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
             hidden_states=outputs.hidden_states,
         )
 
-    def _last_token(self, input_ids: Tensor | None, attention_mask: Tensor | None, logits: Tensor) -> Tensor:
-        """Index of the last real token of each row, [B]."""
-        B, T, _ = logits.shape
+    def _real_tokens(self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
+        """Which tokens are real, [B, T]."""
+        B, T, _ = hidden.shape
         pad = self.config.pad_token_id
         if attention_mask is not None:
-            real = attention_mask[:, -T:] != 0
-        elif input_ids is not None and pad is not None:
-            real = input_ids != pad
-        elif B == 1 or input_ids is None:
-            real = logits.new_ones(B, T, dtype=torch.bool)
-        else:
-            raise ValueError(
-                f"`attention_mask` or `config.pad_token_id` must say where each of the {B} rows ends; got neither. "
-                "Pass the mask your tokenizer returns."
-            )
-        return (torch.arange(T, device=logits.device) * real.to(logits.device)).argmax(1)
+            return attention_mask[:, -T:].to(hidden.device) != 0
+        if input_ids is not None and pad is not None:
+            return input_ids.to(hidden.device) != pad
+        if B == 1 or input_ids is None:
+            return hidden.new_ones(B, T, dtype=torch.bool)
+        raise ValueError(
+            f"`attention_mask` or `config.pad_token_id` must say where each of the {B} rows ends; got neither. "
+            "Pass the mask your tokenizer returns."
+        )
+
+
+def last_of(hidden: Tensor, real: Tensor) -> Tensor:
+    """The last real token of each row: [B, T, D], [B, T] -> [B, D]."""
+    last = (torch.arange(hidden.shape[1], device=hidden.device) * real).argmax(1)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+
+def mean_of(hidden: Tensor, real: Tensor) -> Tensor:
+    """The mean over the real tokens of each row: [B, T, D], [B, T] -> [B, D]."""
+    return hidden.masked_fill(~real[..., None], 0.0).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
 
 
 class XLSTMForTokenClassification(XLSTMPreTrainedModel):

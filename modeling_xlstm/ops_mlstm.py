@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops_common import bind_shapes, choose_backend, mark_tokens
+from .ops_common import bind_shapes, check_gates, choose_backend, mark_tokens
 from .ops_mlstm_reference import mlstm_chunkwise, mlstm_recurrent
 from .ops_mlstm_torch import mlstm_chunkwise_torch
 from .states_xlstm import MLSTMState
@@ -33,13 +33,14 @@ def mlstm(
         k: keys, [B, T, H, K]; scaled by K**-0.5 here, so pass them unscaled.
         v: values, [B, T, H, V].
         i_tilde: input-gate pre-activation, [B, T, H]; natural log of the gate if `input_gate` is 'exp', else its logit.
-        f_tilde: forget-gate pre-activation, [B, T, H]; logit of the gate.
+        f_tilde: forget-gate pre-activation, [B, T, H]; logit of the gate, or its log if `input_gate` is 'exp_both'.
         state: state before the first token; None starts from zeros.
         lengths: number of real tokens of each row, [B]; the tokens after them write nothing and forget nothing.
         reset: True at the first token of a new document, [B, T]; the state returns to zeros before that token.
         chunk_size: tokens per chunk; changes speed and memory, never the result.
         eps: added to the normaliser, dimensionless; 1e-6 in the published checkpoints.
-        input_gate: 'exp' (paper) or 'sigmoid' (bounded by 1; the stabiliser then stays at its start).
+        input_gate: 'exp' (paper), 'sigmoid' (bounded by 1; the stabiliser then stays at its start) or 'exp_both', where
+            the forget gate is exponential too.
         backend: 'auto', 'torch' or 'reference'.
 
     Returns:
@@ -47,7 +48,8 @@ def mlstm(
         state: state after the last real token, float32 or wider; the one passed in is not modified.
 
     Raises:
-        ValueError: shapes disagree, T is 0, `chunk_size` is below 1, or the backend or gate is unknown.
+        ValueError: shapes, devices or kinds of numbers disagree, T is 0, `chunk_size` is below 1, the backend or gate
+            is unknown, or a `reset` meets 'exp_both'.
     """
     given = MLSTMState(None, None, None) if state is None else state  # type: ignore[arg-type]
     size = bind_shapes(
@@ -63,15 +65,18 @@ def mlstm(
     padded, reset = mark_tokens(size["T"], size["B"], lengths, reset, q.device)
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
-    if input_gate not in ("exp", "sigmoid"):
-        raise ValueError(f"`input_gate` must be 'exp' or 'sigmoid'; got {input_gate!r}.")
+    check_gates(input_gate)
+    if reset is not None and input_gate == "exp_both":
+        raise ValueError(
+            "`reset` needs a forget gate of at most 1; got input_gate='exp_both'. Run documents one by one."
+        )
     worker = {"torch": mlstm_chunkwise_torch, "reference": mlstm_chunkwise}[
         choose_backend(backend, {"torch": True, "reference": True})
     ]
     if padded is not None:
         # A padded token writes nothing and forgets nothing, so padding cannot reach the state.
         i_tilde = i_tilde.masked_fill(padded[..., None], -torch.inf)
-        f_tilde = f_tilde.masked_fill(padded[..., None], torch.inf)
+        f_tilde = f_tilde.masked_fill(padded[..., None], 0.0 if input_gate == "exp_both" else torch.inf)
     # Autocast would run the products with the states in half precision.
     with torch.autocast(q.device.type, enabled=False):
         if size["T"] == 1:

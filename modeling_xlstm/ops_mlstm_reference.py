@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops_common import log_gates
 from .states_xlstm import MLSTMState, compute_dtype
 
 
@@ -24,8 +25,7 @@ def _widen(
     q, k, v, i_tilde, f_tilde = (x.to(dtype) for x in (q, k, v, i_tilde, f_tilde))
     V = v.shape[-1]
     state = MLSTMState.zeros(B, H, K, V, like=v) if state is None else MLSTMState(*(x.to(dtype) for x in state))
-    log_i = F.logsigmoid(i_tilde) if input_gate == "sigmoid" else i_tilde
-    return q, k * K**-0.5, v, log_i, F.logsigmoid(f_tilde), state
+    return q, k * K**-0.5, v, *log_gates(i_tilde, f_tilde, input_gate), state
 
 
 def _normalise(numerator: Tensor, qn: Tensor, m: Tensor, eps: float) -> Tensor:

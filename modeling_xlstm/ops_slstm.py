@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops_common import bind_shapes, choose_backend, mark_tokens
+from .ops_common import bind_shapes, check_gates, choose_backend, mark_tokens
 from .ops_slstm_reference import slstm_recurrent
 from .ops_slstm_torch import slstm_recurrent_torch
 from .states_xlstm import SLSTMState
@@ -22,6 +22,7 @@ def slstm(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     input_gate: str = "exp",
+    output_tanh: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, SLSTMState]:
     """Run the sLSTM cell over T tokens (xLSTM paper, sLSTM forward pass, stabilised, one memory per channel).
@@ -29,7 +30,8 @@ def slstm(
     Args:
         i_tilde: input-gate pre-activation without its recurrent part, [B, T, H, P]; natural log of the gate if
             `input_gate` is 'exp', else its logit.
-        f_tilde: forget-gate pre-activation without its recurrent part, [B, T, H, P]; logit of the gate.
+        f_tilde: forget-gate pre-activation without its recurrent part, [B, T, H, P]; logit of the gate, its
+            natural log if `input_gate` is 'exp_both'.
         z_tilde: cell-input pre-activation without its recurrent part, [B, T, H, P].
         o_tilde: output-gate pre-activation without its recurrent part, [B, T, H, P]; logit of the gate.
         recurrent: recurrent weights within each head, gates in the order i, f, z, o, [4, H, P, P]; output channel
@@ -37,7 +39,8 @@ def slstm(
         state: state before the first token; None starts from zeros.
         lengths: number of real tokens of each row, [B]; the tokens after them leave the state as it is.
         reset: True at the first token of a new document, [B, T]; the state returns to zeros before that token.
-        input_gate: 'exp' (paper) or 'sigmoid'.
+        input_gate: 'exp' (paper), 'sigmoid' or 'exp_both', where the forget gate is exponential too.
+        output_tanh: whether h is o * tanh(c / n) instead of o * c / n (paper).
         backend: 'auto', 'torch' or 'reference'.
 
     Returns:
@@ -45,7 +48,7 @@ def slstm(
         state: state after the last real token, float32 or wider; the one passed in is not modified.
 
     Raises:
-        ValueError: shapes disagree, T is 0, or the backend or gate is unknown.
+        ValueError: shapes, devices or kinds of numbers disagree, T is 0, or the backend or gate is unknown.
     """
     given = SLSTMState(None, None, None, None) if state is None else state  # type: ignore[arg-type]
     size = bind_shapes(
@@ -60,15 +63,23 @@ def slstm(
         h=(given.h, "B H P"),
     )
     padded, reset = mark_tokens(size["T"], size["B"], lengths, reset, i_tilde.device)
-    if input_gate not in ("exp", "sigmoid"):
-        raise ValueError(f"`input_gate` must be 'exp' or 'sigmoid'; got {input_gate!r}.")
+    check_gates(input_gate)
     worker = {"torch": slstm_recurrent_torch, "reference": slstm_recurrent}[
         choose_backend(backend, {"torch": True, "reference": True})
     ]
     # Autocast would run the recurrent product in half precision.
     with torch.autocast(i_tilde.device.type, enabled=False):
         h, state = worker(
-            i_tilde, f_tilde, z_tilde, o_tilde, recurrent, state, lengths=lengths, reset=reset, input_gate=input_gate
+            i_tilde,
+            f_tilde,
+            z_tilde,
+            o_tilde,
+            recurrent,
+            state,
+            lengths=lengths,
+            reset=reset,
+            input_gate=input_gate,
+            output_tanh=output_tanh,
         )
     h = h.to(i_tilde.dtype)
     return h if padded is None else h.masked_fill(padded[..., None, None], 0.0), state

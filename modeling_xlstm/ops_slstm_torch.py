@@ -10,15 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .ops_common import log_gates
 from .states_xlstm import SLSTMState, compute_dtype
 
 
 def _forward(
-    x: Tensor, R: Tensor, state: tuple[Tensor, ...], reset: Tensor | None, sigmoid_gate: bool
+    x: Tensor, R: Tensor, state: tuple[Tensor, ...], reset: Tensor | None, input_gate: str, output_tanh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run all tokens.
 
@@ -27,7 +27,8 @@ def _forward(
         R: recurrent weights, [H, P in, 4 P out].
         state: c, n, m, h before the first token, each [H, B, P]; m is -inf where n is 0.
         reset: True where a row begins anew, [T, B]; or None.
-        sigmoid_gate: whether the input gate is a sigmoid.
+        input_gate: 'exp', 'sigmoid' or 'exp_both'.
+        output_tanh: whether c / n passes a tanh.
 
     Returns:
         gates: i and f as pre-activations, z and o activated, [T, H, B, 4 P].
@@ -45,9 +46,8 @@ def _forward(
             c, n, h = (s.masked_fill(row, 0.0) for s in (c, n, h))
             m = m.masked_fill(row, -torch.inf)
         g = torch.baddbmm(x[t], h, R, out=gates[t])
-        log_i, log_f = g[..., :P], F.logsigmoid(g[..., P : 2 * P]).add_(m)
-        if sigmoid_gate:
-            log_i = F.logsigmoid(log_i)
+        log_i, log_f = log_gates(g[..., :P], g[..., P : 2 * P], input_gate)
+        log_f = log_f + m
         m = torch.maximum(log_i, log_f, out=states[2, t])
         prime = primes[:, t]
         torch.sub(log_i, m, out=prime[0])
@@ -56,19 +56,21 @@ def _forward(
         z, o = g[..., 2 * P : 3 * P].tanh_(), g[..., 3 * P :].sigmoid_()
         c = torch.mul(f_prime, c, out=states[0, t]).addcmul_(i_prime, z)
         n = torch.addcmul(i_prime, f_prime, n, out=states[1, t])
-        h = torch.div(c, n, out=states[3, t]).mul_(o)
+        h = torch.div(c, n, out=states[3, t])
+        h = (h.tanh_() if output_tanh else h).mul_(o)
     return gates, primes, states
 
 
 def _step_factors(
-    gates: Tensor, primes: Tensor, states: Tensor, first: tuple[Tensor, ...], reset: Tensor | None, sigmoid_gate: bool
-) -> tuple[Tensor, ...]:
+    gates: Tensor, primes: Tensor, states: Tensor, first: tuple[Tensor, ...], reset: Tensor | None, input_gate: str,
+    output_tanh: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """What the backward steps multiply with, for all tokens at once.
 
     Returns:
         from_c: d gates (i, f, z) / d c, [3, T, H, B, P].
         from_n: d gates (i, f) / d n, [2, T, H, B, P].
-        o_over_n: d c-numerator of h, o / n, [T, H, B, P].
+        from_ratio: d h / d c, n held constant, [T, H, B, P]; o / n without a tanh.
         ratio: c / n, [T, H, B, P].
         from_h: d gate o / d h, [T, H, B, P].
         h_before: the h each token saw, [T, H, B, P].
@@ -83,12 +85,17 @@ def _step_factors(
     i_prime, f_prime = primes
     z, o = gates[..., 2 * P : 3 * P], gates[..., 3 * P :]
     closing = torch.sigmoid(-gates[..., : 2 * P]).unflatten(-1, (2, P)).movedim(-2, 0).contiguous()
-    if not sigmoid_gate:
+    if input_gate != "sigmoid":
         closing[0] = 1.0
+    if input_gate == "exp_both":
+        closing[1] = 1.0
     from_n = torch.stack([i_prime, f_prime * n_before]).mul_(closing)
     from_c = torch.stack([i_prime * z * closing[0], f_prime * c_before * closing[1], i_prime * (1 - z * z)])
-    ratio = c / n
-    return from_c, from_n, o / n, ratio, ratio * o * (1 - o), h_before, closing
+    ratio, from_ratio = c / n, o / n
+    out = torch.tanh(ratio) if output_tanh else ratio
+    if output_tanh:
+        from_ratio = from_ratio * (1 - out * out)
+    return from_c, from_n, from_ratio, ratio, out * o * (1 - o), h_before, closing
 
 
 def _backward(
@@ -112,7 +119,7 @@ def _backward(
         dgates: gradient of the pre-activations, [T, H, B, 4 P].
         dfirst: gradient of c, n, m, h before the first token, m held constant in that of m.
     """
-    from_c, from_n, o_over_n, ratio, from_h, _, closing = factors
+    from_c, from_n, from_ratio, ratio, from_h, _, closing = factors
     T, H, B, P = dh_out.shape
     dgates = dh_out.new_empty(T, H, B, 4 * P)
     dcn = dh_out.new_zeros(2, H, B, P)
@@ -126,7 +133,7 @@ def _backward(
             dcn += torch.stack(ends[:2])
             dh = dh + ends[3]
             dm = ends[2] if dm is None else dm + ends[2]
-        dq = dh * o_over_n[t]
+        dq = dh * from_ratio[t]
         dcn[0] += dq
         dcn[1].addcmul_(dq, ratio[t], value=-1)
         dg = dgates[t]
@@ -151,12 +158,13 @@ class _SLSTM(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, R: Tensor, c: Tensor, n: Tensor, m: Tensor, h: Tensor,
-        last: Tensor | None, reset: Tensor | None, sigmoid_gate: bool,
+        last: Tensor | None, reset: Tensor | None, input_gate: str, output_tanh: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         fresh = n == 0
-        gates, primes, states = _forward(x, R, (c, n, m.masked_fill(fresh, -torch.inf), h), reset, sigmoid_gate)
+        first = c, n, m.masked_fill(fresh, -torch.inf), h
+        gates, primes, states = _forward(x, R, first, reset, input_gate, output_tanh)
         ctx.save_for_backward(gates, primes, states, R, c, n, m, h, last, reset)
-        ctx.sigmoid_gate = sigmoid_gate
+        ctx.input_gate, ctx.output_tanh = input_gate, output_tanh
         ctx.set_materialize_grads(False)
         if last is None:
             return states[3], *(s[-1].clone() for s in states)
@@ -184,13 +192,13 @@ class _SLSTM(torch.autograd.Function):
                         d_empty = d_t
                     else:
                         ends[t] = (*d_t[:2], d_t[2] - states[0, t] * d_t[0] - states[1, t] * d_t[1], d_t[3])
-        factors = _step_factors(gates, primes, states, (c, n, m, h), reset, ctx.sigmoid_gate)
+        factors = _step_factors(gates, primes, states, (c, n, m, h), reset, ctx.input_gate, ctx.output_tanh)
         dgates, (dc_0, dn_0, dm_0, dh_0) = _backward(dh_out, ends, primes, R, factors, reset)
         dR = factors[5].movedim(0, 1).flatten(1, 2).mT @ dgates.movedim(0, 1).flatten(1, 2)
         d_first = [dc_0, dn_0, dm_0 + c * dc_0 + n * dn_0, dh_0]
         if d_empty is not None:
             d_first = [a + b for a, b in zip(d_first, d_empty, strict=True)]
-        return dgates, dR, *d_first, None, None, None
+        return dgates, dR, *d_first, None, None, None, None
 
 
 def slstm_recurrent_torch(
@@ -204,6 +212,7 @@ def slstm_recurrent_torch(
     lengths: Tensor | None,
     reset: Tensor | None,
     input_gate: str,
+    output_tanh: bool = False,
 ) -> tuple[Tensor, SLSTMState]:
     """All tokens of a sequence. Arguments and results as in `ops_slstm.slstm`; can be differentiated once."""
     dtype = compute_dtype(i_tilde, state)
@@ -214,5 +223,5 @@ def slstm_recurrent_torch(
     first = (s.transpose(0, 1).contiguous() for s in state)
     last = None if lengths is None else lengths.to(x.device) - 1
     by_time = None if reset is None else reset.T.contiguous()
-    h, *after = _SLSTM.apply(x, R, *first, last, by_time, input_gate == "sigmoid")
+    h, *after = _SLSTM.apply(x, R, *first, last, by_time, input_gate, output_tanh)
     return h.permute(2, 0, 1, 3), SLSTMState(*(s.transpose(0, 1) for s in after))

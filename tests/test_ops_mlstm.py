@@ -17,7 +17,8 @@ from modeling_xlstm import MLSTMState, mlstm
 from modeling_xlstm.ops_mlstm_reference import mlstm_chunkwise, mlstm_parallel, mlstm_recurrent
 from modeling_xlstm.ops_mlstm_torch import mlstm_chunkwise_torch
 
-GATES = st.sampled_from(["exp", "sigmoid"])
+BOUNDED_GATES = st.sampled_from(["exp", "sigmoid"])  # a forget gate of at most 1, which resets need
+GATES = BOUNDED_GATES | st.just("exp_both")
 LENGTH = st.integers(1, 20)
 CHUNK = st.sampled_from([1, 2, 3, 7, 16, 64])
 EPS = st.sampled_from([1e-6, 0.05])
@@ -35,7 +36,7 @@ def test_every_form_equals_the_recurrent_one_with_states_and_all_gradients(
 ) -> None:
     xs, state = mlstm_inputs(T), None if fresh else mlstm_state()
     options: dict[str, Any] = {
-        "reset": torch.rand(2, T) < 0.2 if resets else None,
+        "reset": torch.rand(2, T) < 0.2 if resets and input_gate != "exp_both" else None,
         "eps": eps,
         "input_gate": input_gate,
     }
@@ -62,12 +63,17 @@ def test_splitting_a_sequence_anywhere_changes_nothing(
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-@given(lengths=st.lists(st.integers(0, 12), min_size=2, max_size=2), chunk_size=CHUNK, fresh=st.booleans())
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=2, max_size=2),
+    chunk_size=CHUNK,
+    fresh=st.booleans(),
+    input_gate=GATES,
+)
 def test_padding_changes_no_real_token_no_state_and_no_gradient(
-    backend: str, lengths: list[int], chunk_size: int, fresh: bool
+    backend: str, lengths: list[int], chunk_size: int, fresh: bool, input_gate: str
 ) -> None:
     xs, state = mlstm_inputs(12), None if fresh else mlstm_state()
-    options: dict[str, Any] = {"chunk_size": chunk_size, "backend": backend}
+    options: dict[str, Any] = {"chunk_size": chunk_size, "input_gate": input_gate, "backend": backend}
     h, after = mlstm(*xs, state, lengths=torch.tensor(lengths), **options)
     start = state or MLSTMState.zeros(2, 2, 4, 6, like=xs[0])
     for row, length in enumerate(lengths):
@@ -83,7 +89,7 @@ def test_padding_changes_no_real_token_no_state_and_no_gradient(
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-@given(cuts=st.sets(st.integers(1, 15)), first=st.booleans(), chunk_size=CHUNK, input_gate=GATES)
+@given(cuts=st.sets(st.integers(1, 15)), first=st.booleans(), chunk_size=CHUNK, input_gate=BOUNDED_GATES)
 def test_packed_documents_equal_separate_ones(
     backend: str, cuts: set[int], first: bool, chunk_size: int, input_gate: str
 ) -> None:
@@ -157,8 +163,18 @@ def test_a_wider_state_keeps_its_dtype() -> None:
         ({"lengths": torch.zeros(3, dtype=torch.long)}, "`lengths` must be"),
         ({"lengths": torch.zeros(2)}, "`lengths` must be"),
         ({"reset": torch.zeros(2, 5)}, "`reset` must be"),
+        ({"reset": torch.zeros(2, 5, dtype=torch.bool, device="meta")}, "`reset` must be on cpu"),
+        (
+            {"v": torch.zeros(2, 5, 2, 6, dtype=torch.long)},
+            "`v` must be floating point on cpu as `q`.*torch.int64",
+        ),
+        (
+            {"f_tilde": torch.zeros(2, 5, 2, device="meta")},
+            "`f_tilde` must be floating point on cpu as `q`.*meta",
+        ),
         ({"chunk_size": 0}, "`chunk_size` must be at least 1"),
         ({"input_gate": "tanh"}, "`input_gate` must be"),
+        ({"input_gate": "exp_both", "reset": torch.zeros(2, 5, dtype=torch.bool)}, "`reset` needs a forget gate"),
         ({"backend": "cuda"}, "`backend` must be one of"),
         ({"state": MLSTMState(torch.zeros(2, 2, 4, 4), torch.zeros(2, 2, 4), torch.zeros(2, 2))}, "`C` must be"),
     ],

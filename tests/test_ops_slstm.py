@@ -16,19 +16,20 @@ from modeling_xlstm import SLSTMState, slstm
 from modeling_xlstm.ops_slstm_reference import slstm_recurrent
 from modeling_xlstm.ops_slstm_torch import slstm_recurrent_torch
 
-GATES = st.sampled_from(["exp", "sigmoid"])
+GATES = st.sampled_from(["exp", "sigmoid", "exp_both"])
 BACKENDS = ["torch", "reference"]
 
 
 @given(
     T=st.integers(1, 12),
     input_gate=GATES,
+    output_tanh=st.booleans(),
     fresh=st.booleans(),
     resets=st.booleans(),
     lengths=st.none() | st.lists(st.integers(0, 12), min_size=2, max_size=2),
 )
 def test_the_torch_worker_equals_the_definition_with_states_and_all_gradients(
-    T: int, input_gate: str, fresh: bool, resets: bool, lengths: list[int] | None
+    T: int, input_gate: str, output_tanh: bool, fresh: bool, resets: bool, lengths: list[int] | None
 ) -> None:
     xs, state = slstm_inputs(T), None if fresh else slstm_state()
     rows = None if lengths is None else torch.tensor(lengths).clamp(max=T)
@@ -38,6 +39,7 @@ def test_the_torch_worker_equals_the_definition_with_states_and_all_gradients(
         "lengths": rows,
         "reset": (torch.rand(2, T) < 0.2) & real if resets else None,
         "input_gate": input_gate,
+        "output_tanh": output_tanh,
     }
     results = []
     for worker in (slstm_recurrent_torch, slstm_recurrent):
@@ -92,7 +94,7 @@ def test_packed_documents_equal_separate_ones(backend: str, cuts: set[int], firs
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
+@pytest.mark.parametrize("input_gate", ["exp", "sigmoid", "exp_both"])
 @pytest.mark.parametrize("i_tilde", [-80.0, 0.0, 80.0])
 @pytest.mark.parametrize("f_tilde", [-80.0, 0.0, 80.0])
 def test_extreme_gates_stay_finite_and_right_in_float32(

@@ -52,6 +52,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_xlstm.XLSTMModel",
     "AutoModelForCausalLM": "modeling_xlstm.XLSTMForCausalLM",
     "AutoModelForSequenceClassification": "modeling_xlstm.XLSTMForSequenceClassification",
+    "AutoModelForTimeSeriesPrediction": "forecasting_xlstm.XLSTMForForecasting",
     "AutoModelForTokenClassification": "modeling_xlstm.XLSTMForTokenClassification",
 }
 PROMPT = "w3 w14 w15 w9 w26"

@@ -39,6 +39,8 @@ SCALE_FLOOR = 1e-3
 # themselves by up to 1.4e-6 in a logit, because the stabiliser also scales eps.
 ORACLE_LOGITS = 1e-5
 ORACLE_LOSS = 1e-6
+# The equations of a cell without stabiliser, in float64: the ops add an epsilon of 1e-6 that the stabiliser scales.
+UNSTABILISED = 1e-4
 # Entry by entry: relative to the entry, with an absolute floor where the gradient itself is tiny.
 ORACLE_GRADIENT = 1e-4
 ORACLE_GRADIENT_FLOOR = 1e-6

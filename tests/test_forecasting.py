@@ -1,0 +1,172 @@
+"""The forecasting head: units, missing values, padding, covariates, and a rollout that equals a fresh forward."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from inputs import STYLES, tiny_config
+from tolerances import assert_drawn_with, assert_identical, assert_same
+from torch import Tensor
+
+from modeling_xlstm import XLSTMForForecasting
+
+LEVELS = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+HEADS = pytest.mark.parametrize("head", ["quantile", "gaussian"])
+
+
+def forecaster(head: str = "quantile", style: str = "residual", **fields: Any) -> Any:
+    series = {"input_size": 1, "prediction_length": 4, "forecast_distribution": head, "vocab_size": 0}
+    model = XLSTMForForecasting(tiny_config(style, **{**series, **fields})).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate.weight" in name or "head" in name or "frame" in name:
+                parameter.normal_(std=0.5)
+    return model
+
+
+def series(B: int = 2, T: int = 9, *channels: int) -> Tensor:
+    return 50 + 7 * torch.randn(B, T, *channels, dtype=torch.float64)
+
+
+def parts(output: Any) -> list[Tensor]:
+    return [x for x in (output.predictions, output.quantiles, output.scale) if x is not None]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@HEADS
+def test_the_rollout_through_the_cache_equals_forwards_from_the_start_on_its_own_values(head: str, style: str) -> None:
+    model, past = forecaster(head, style, num_past_covariates=2), series()
+    covariates = torch.randn(2, 9, 2, dtype=torch.float64)
+    rolled = model(past, past_covariates=covariates)
+    own = model(past, past_covariates=covariates, future_values=rolled.predictions)
+    assert rolled.loss is None
+    assert_same(parts(rolled), parts(own))
+
+
+@pytest.mark.parametrize("channels", [(), (1,), (3,)], ids=str)
+@HEADS
+def test_a_forecast_is_in_the_units_and_the_shape_of_the_series(head: str, channels: tuple[int, ...]) -> None:
+    model, past = forecaster(head, input_size=(*channels, 1)[0]), series(2, 9, *channels)
+    output = model(past)
+    assert output.predictions.shape == (2, 4, *channels)
+    scaled = model(3 * past - 20)
+    assert_same(scaled.predictions, 3 * output.predictions - 20)
+    if head == "quantile":
+        assert output.quantiles.shape == (2, 4, *channels, 9)
+        assert_same(scaled.quantiles, 3 * output.quantiles - 20)
+        assert (output.quantiles.diff(dim=-1) >= 0).all()
+        assert_same(output.predictions, output.quantiles[..., 4])
+    else:
+        assert_same(scaled.scale, 3 * output.scale)
+        assert (output.scale > 0).all()
+    plain = forecaster(head, input_size=(*channels, 1)[0], instance_norm=False)
+    assert (plain(3 * past - 20).predictions - 3 * plain(past).predictions + 20).abs().max() > 1
+
+
+def test_a_constant_series_is_forecast_without_a_scale_of_zero() -> None:
+    output = forecaster()(torch.full((1, 6), 3e8, dtype=torch.float64))
+    assert output.predictions.isfinite().all()
+
+
+@HEADS
+def test_the_loss_is_that_of_the_normalised_future_and_passes_over_what_was_not_observed(head: str) -> None:
+    model, past, future = forecaster(head), series(), series(2, 4)
+    with torch.no_grad():
+        # Quantiles that rise by themselves: the loss is of what the head says, the output is sorted.
+        model.head.bias.copy_(torch.linspace(-20, 20, model.outputs_per_value, dtype=torch.float64))
+    seen = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 0]])
+    output = model(past, future_values=future, future_observed_mask=seen)
+    centre, scale = past.mean(1, keepdim=True), past.std(1, keepdim=True, correction=0)
+    if head == "gaussian":
+        normal = torch.distributions.Normal((output.predictions - centre) / scale, output.scale / scale)
+        each = -normal.log_prob((future - centre) / scale)
+    else:
+        error = (future[..., None] - output.quantiles) / scale[..., None]
+        each = torch.where(error > 0, LEVELS * error, (LEVELS - 1) * error).mean(-1)
+    assert_same(output.loss, (each * seen).sum() / seen.sum())
+    other = future.masked_fill(seen == 0, torch.nan)
+    assert_identical(model(past, future_values=other, future_observed_mask=seen).loss, output.loss)
+    output.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_pinball_loss_of_rising_quantiles_is_the_textbooks() -> None:
+    model, future = forecaster(quantiles=[0.3]), series(2, 4)
+    past = series()
+    output = model(past, future_values=future)
+    error = (future - output.predictions) / past.std(1, keepdim=True, correction=0)
+    assert_same(output.loss, torch.maximum(0.3 * error, -0.7 * error).mean())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@HEADS
+def test_padded_series_are_forecast_as_if_alone(head: str, side: str) -> None:
+    model, past = forecaster(head, num_past_covariates=1), series()
+    covariates, future = torch.randn(2, 9, 1, dtype=torch.float64), series(2, 4)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    padding = slice(0, 3) if side == "left" else slice(6, 9)
+    mask[1, padding] = 0
+    real = mask[1].bool()
+    past[1, padding], covariates[1, padding] = torch.nan, torch.nan
+    for given in ({}, {"future_values": future}):
+        both = model(past, past_covariates=covariates, attention_mask=mask, **given)
+        alone = model(past[1:, real], past_covariates=covariates[1:, real], **{k: v[1:] for k, v in given.items()})
+        assert_same([x[1:] for x in parts(both)], parts(alone))
+
+
+def test_what_stands_at_a_value_that_was_not_observed_is_not_read() -> None:
+    model, past = forecaster(), series()
+    seen = torch.ones_like(past)
+    seen[:, 3] = 0
+    output = model(past, past_observed_mask=seen)
+    past[:, 3] = torch.nan
+    assert_identical(model(past, past_observed_mask=seen).predictions, output.predictions)
+    assert not torch.equal(model(past.nan_to_num()).predictions, output.predictions)
+
+
+@HEADS
+def test_samples_follow_the_predicted_distribution_and_go_on_from_their_own_draws(head: str) -> None:
+    model, past = forecaster(head), series(1)
+    torch.manual_seed(1)
+    sequences = model.generate(past, num_samples=2000).sequences
+    assert sequences.shape == (1, 2000, 4)
+    first = model(past)
+    drawn = sequences[0, :, 0]
+    if head == "gaussian":
+        assert_drawn_with(drawn, first.predictions[0, 0].item(), first.scale[0, 0].item())
+    else:
+        for level, quantile in list(zip(LEVELS.tolist(), first.quantiles[0, 0], strict=True))[1:-1]:
+            assert_drawn_with((drawn < quantile).double(), level, math.sqrt(level * (1 - level)))
+    # Each path goes on from its own first draw.
+    if head == "gaussian":
+        path = torch.cat([sequences[0], sequences[0, :, :1]], 1)[:, :4]
+        conditional = model(past.expand(2000, -1), future_values=path)
+        standard = (path - conditional.predictions) / conditional.scale
+        assert_drawn_with(standard[:, 1:], 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "arguments", "message"),
+    [
+        ({}, {"past_values": torch.zeros(2, 9, 3)}, r"must be \[B, T, 1\]"),
+        ({"context_length": 8}, {}, "may hold 8 times"),
+        ({}, {"future_values": torch.zeros(2, 3)}, r"`future_values` must be \[2, 4, ...\]"),
+        ({}, {"past_covariates": torch.zeros(2, 9, 1)}, "`past_covariates` must be None"),
+        ({"num_past_covariates": 2}, {}, r"`past_covariates` must be \[2, 9, 2\]"),
+        ({}, {"past_observed_mask": torch.ones(2, 8)}, "`past_values` and its mask"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(fields: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        forecaster(**fields)(**{"past_values": series(), **arguments})
+
+
+def test_no_sample_and_no_length_are_named() -> None:
+    with pytest.raises(ValueError, match="`num_samples` must be at least 1"):
+        forecaster().generate(series(), num_samples=0)
+    with pytest.raises(ValueError, match="needs `input_size` and `prediction_length`"):
+        XLSTMForForecasting(tiny_config(input_size=2))
