@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .cache_xlstm import XLSTMCache
 from .states_xlstm import LayerState
 
-# What is trained of a state. Not the normaliser n and the stabiliser m, which only scale it, and by which cells divide.
+# What is trained of a state. Not the normaliser n and the stabiliser m: cells divide by n, and by an exponential of m.
 TUNED = ("C", "c", "h", "conv")
 
 

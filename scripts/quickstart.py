@@ -57,6 +57,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProgressCallback,
     TextStreamer,
+    Trainer,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -99,6 +100,14 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
+
+
+class QuickstartTrainer(Trainer):
+    """Weight decay on matrices only: not on norms, embeddings or biases; those of sLSTM gates have several dims too."""
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        named = model.named_parameters()
+        return [name for name, x in named if x.dim() > 1 and "bias" not in name and "embed" not in name]
 
 
 def make_blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Blocks:
@@ -240,13 +249,13 @@ def train(arguments: argparse.Namespace, text: Text, settings: TrainingArguments
     with settings.main_process_first():
         checkpoint = last_checkpoint(arguments.out / "checkpoints")
         tokenizer = load_or_train_tokenizer(arguments.out / "checkpoints" / "tokenizer", text, arguments.vocab_size)
-    from modeling_xlstm.training_xlstm import XLSTMTrainer
-
     blocks, held_out = (make_blocks(tokenizer, texts) for texts in text[:2])
     say(f"Tokenizer  {len(tokenizer):,} tokens; {len(blocks):,} blocks of {BLOCK_TOKENS}, {len(held_out):,} held out")
     model = make_model(tokenizer, arguments)
     say(f"Model      {model.num_parameters():,} parameters; blocks: {', '.join(model.config.block_types or [])}")
-    trainer = XLSTMTrainer(model, settings, train_dataset=blocks, eval_dataset=held_out, processing_class=tokenizer)
+    trainer = QuickstartTrainer(
+        model, settings, train_dataset=blocks, eval_dataset=held_out, processing_class=tokenizer
+    )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossBar())
 

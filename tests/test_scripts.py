@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tolerances import FLOAT32, assert_identical, assert_same
 from transformers import AutoTokenizer
 
-from modeling_xlstm import XLSTMForCausalLM
+from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
 
 OPTIONS = ["--steps", "20", "--hidden_size", "16", "--vocab_size", "384", "--max_new_tokens", "12"]
 PROMPT = "def add_argument(self"
@@ -276,6 +276,19 @@ def test_the_standard_library_is_read_and_split_in_one_way_only(script: ModuleTy
     assert len(text.train) > len(text.held_out) > 0
     assert not set(text.train) & set(text.held_out)
     assert Path(argparse.__file__).read_text("utf-8") in (*text.train, *text.held_out)
+
+
+@pytest.mark.parametrize("style", ["large", "neurips", "residual"])
+def test_weight_decay_spares_norms_embeddings_and_all_biases(style: str, script: ModuleType) -> None:
+    config = XLSTMConfig(
+        vocab_size=8, hidden_size=16, num_hidden_layers=2, num_heads=2, block_style=style, slstm_at=[1]
+    )
+    model = XLSTMForCausalLM(config)
+    decayed = set(script.QuickstartTrainer.get_decay_parameter_names(None, model))
+    spared = {name for name, _ in model.named_parameters()} - decayed
+    assert not [name for name in decayed if "norm" in name or "bias" in name or "embed" in name or "skip" in name]
+    assert "model.layers.1.mixer.bias" in spared
+    assert not [name for name in spared if "proj.weight" in name or "gate.weight" in name or "recurrent" in name]
 
 
 def test_a_card_is_not_written_with_a_fact_missing(script: ModuleType, tmp_path: Path) -> None:
