@@ -1,6 +1,6 @@
 """Train an xLSTM, or go on training one, on any text: packed documents, or long ones with carried states.
 
-Laptop, no network, a model of a million parameters on the sources of Python's standard library:
+Laptop, no network, a small model of the sources of Python's standard library:
 
     python scripts/train.py configuration/recipe/laptop.yaml --output_dir out/laptop
 
@@ -30,10 +30,16 @@ from typing import Any
 
 import transformers
 import yaml  # type: ignore[import-untyped]
-from corpus import Text, WrongInput, count_bytes, load_or_train_tokenizer, read_columns, read_files
-from corpus import read_standard_library as read_demo
+from corpus import (
+    Text,
+    WrongInput,
+    count_bytes,
+    load_or_train_tokenizer,
+    read_columns,
+    read_files,
+    read_standard_library,
+)
 from runs import LossBar, draw_losses, last_checkpoint, silent, step_of
-from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -127,7 +133,7 @@ def read_text(run: RunArguments) -> Text:
     if len(chosen) != 1:
         raise WrongInput(f"Choose one of --dataset, --text and --demo; got {' and '.join(chosen) or 'none'}.")
     if run.demo:
-        return read_demo()
+        return read_standard_library()
     if run.dataset:
         return read_columns(run.dataset, [], run.text_column, run.dataset_config)
     kinds = {Path(name).suffix.lstrip(".") for name in run.text}
@@ -176,9 +182,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], vocab_size:
     return documents
 
 
-def make_data(
-    run: RunArguments, settings: TrainingArguments, documents: list[list[int]], rows: int, seed: int | None
-) -> Dataset[Any]:
+def make_data(run: RunArguments, documents: list[list[int]], rows: int, seed: int | None) -> Segments:
     """Rows of `block_size` tokens: each from an empty state, or, carried, `rows` lanes of segments."""
     if not run.carry_state:
         # One segment per lane: the lanes are what rows of packed documents are.
@@ -194,8 +198,8 @@ def make_trainer(
     trainer = (CarriedRun if run.carry_state else Run)(
         model,
         settings,
-        train_dataset=make_data(run, settings, train, lanes, settings.seed),
-        eval_dataset=make_data(run, settings, held_out, settings.eval_batch_size * settings.world_size, None),
+        train_dataset=make_data(run, train, lanes, settings.seed),
+        eval_dataset=make_data(run, held_out, settings.eval_batch_size * settings.world_size, None),
         processing_class=tokenizer,
         compute_metrics=sum_nats,
         preprocess_logits_for_metrics=nats_of_labels,

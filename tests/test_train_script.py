@@ -86,8 +86,8 @@ def test_a_run_leaves_a_checkpoint_that_loads_and_the_bits_per_byte_of_the_held_
     assert model.config.eos_token_id == tokenizer.eos_token_id is not None
     held_out = script.read_files([Path("first.txt"), Path("second.txt")]).held_out
     documents = script.encode(tokenizer, held_out, 320)
-    settings, arguments = script.parse(["recipe.yaml", "--output_dir", "run", "--carry_state", carry])
-    lanes = script.make_data(arguments, settings, documents, 4, None).edges
+    _, arguments = script.parse(["recipe.yaml", "--output_dir", "run", "--carry_state", carry])
+    lanes = script.make_data(arguments, documents, 4, None).edges
     # Each document by itself, cut where a lane ends; those are rows of 32 tokens if nothing is carried.
     ids, ends = torch.tensor(list(itertools.chain(*documents))), list(itertools.accumulate(map(len, documents)))
     nats = 0.0
