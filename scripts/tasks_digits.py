@@ -20,9 +20,9 @@ from modeling_xlstm import XLSTMConfig, XLSTMForSequenceClassification
 
 CLASSES = 10
 WIDTH, LAYERS = 48, 2
-RECIPE = Recipe(900, 64, 5e-3)
+RECIPE = Recipe(600, 64, 5e-3)
 HELD_OUT = 450
-MODELS = ["xlstm", "mlstm", "slstm", "lstm"]
+MODELS = ["xlstm", "mlstm", "lstm"]
 
 
 class XLSTMClassifier(nn.Module):
@@ -88,7 +88,7 @@ def measure(kind: str, seed: int, steps: int | None = None) -> dict[str, Any]:
     with torch.no_grad():
         accuracy = (model(held_out).argmax(1) == classes).double().mean().item()
         fitted = (model(x).argmax(1) == y).double().mean().item()
-    row = {"model": kind, "seed": seed, "parameters": count_parameters(model), "seconds": seconds}
+    row = {"model": kind, "parameters": count_parameters(model), "seconds": seconds}
     return {**row, "trained on": fitted, "held out": accuracy}
 
 
@@ -96,16 +96,12 @@ def main() -> None:
     options = arguments(__doc__, "digits")
     report = Report("Handwritten digits as pixel sequences", options.out, ABOUT)
     for kind in options.models or MODELS:
-        for seed in range(options.seed, options.seed + 2):
-            report.add(**measure(kind, seed, options.steps))
+        report.add(**measure(kind, options.seed, options.steps))
 
     def plot(figure: Any) -> None:
         axes = figure.add_subplot()
-        kinds = list(dict.fromkeys(row["model"] for row in report.rows))
-        for row in report.rows:
-            axes.plot(kinds.index(row["model"]), 1 - row["held out"], "o", color="C0", alpha=0.7)
-        axes.set(ylabel="error on digits held out", ylim=(0, None))
-        axes.set_xticks(range(len(kinds)), kinds)
+        axes.bar([row["model"] for row in report.rows], [1 - row["held out"] for row in report.rows])
+        axes.set(ylabel="error on digits held out")
 
     report.write(plot, (4.5, 3.2))
 
@@ -115,7 +111,7 @@ ABOUT = {
     "data": f"scikit-learn's `load_digits`, 1,797 images of 8 x 8; {HELD_OUT} of them, chosen once, held out.",
     "training": "Two layers, 64 images a step, the same optimiser and steps for all; width 48 for the xLSTMs (residual "
     "style, 4 heads), nn.LSTM wider, so that it has as many parameters as xlstm.",
-    "limits": "Two seeds; no augmentation, no tuning for each model.",
+    "limits": "One seed; no augmentation, no tuning for each model; one digit held out is 0.0022.",
 }
 
 if __name__ == "__main__":

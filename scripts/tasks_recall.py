@@ -22,8 +22,8 @@ PAIRS = [4, 8, 16, 32]
 TRAINED_UP_TO = 16
 WIDTH = 32
 ROWS = 512  # for each accuracy
-RECIPE = Recipe(2000, 64, 5e-3)
-MODELS = ["mlstm", "xlstm", "lstm", "transformer"]
+RECIPE = Recipe(1200, 64, 5e-3)
+MODELS = ["mlstm", "lstm", "xlstm", "transformer"]
 LEARNING_RATES = {"transformer": 2e-3}
 
 
