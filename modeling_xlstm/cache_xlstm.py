@@ -125,7 +125,8 @@ class XLSTMCache(Cache):
     layers: list[XLSTMCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, config: XLSTMConfig):
-        super().__init__(layers=[XLSTMCacheLayer(block_type) for block_type in config.block_types or []])
+        block_types = (config.block_types or [])[: config.num_hidden_layers]
+        super().__init__(layers=[XLSTMCacheLayer(block_type) for block_type in block_types])
         self.model = fingerprint(config)
         self.tokens_seen = 0
         self.unchecked = False
@@ -222,6 +223,11 @@ class XLSTMCache(Cache):
         """Cut the states off the graph that made them (truncated back-propagation); returns itself."""
         self.apply_(Tensor.detach)
         return self
+
+    def reset_rows_(self, rows: Tensor) -> None:
+        """Take the rows where `rows` [B] is True back to the start; what was recorded is forgotten."""
+        self._past.clear()
+        self.apply_(lambda x: x.masked_fill(rows.to(x.device).view(-1, *(1,) * (x.dim() - 1)), 0))
 
     def append_rows_(self, other: XLSTMCache, rows: Sequence[int]) -> None:
         """Take over some rows of another cache of the same model, behind the rows held; what was recorded is forgotten.

@@ -164,6 +164,7 @@ class XLSTMConfig(PreTrainedConfig):
         chunk_size: tokens per chunk of the mLSTM; steers speed and memory, never the result.
         kernel_backend: "auto", "torch" or "reference"; steers speed, never the result.
         state_dtype: "float32" or "float64", the least precision of gates and states.
+        debug: whether every block's output and state is checked to be finite, with a diagnosis if not; costs time.
         use_cache: whether the model returns its states by default outside training.
         pad_token_id: id of the padding token.
         bos_token_id: id of the token that begins a text.
@@ -176,7 +177,12 @@ class XLSTMConfig(PreTrainedConfig):
 
     model_type = "extended_lstm"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads", "expand_factor": "ffn_proj_factor"}
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_attention_heads": "num_heads",
+        "expand_factor": "ffn_proj_factor",
+        # The name by which TRL, which computes the logits itself, finds the cap.
+        "final_logit_softcapping": "output_logit_soft_cap",
+    }
 
     vocab_size: int = 50304
     input_size: int | None = None
@@ -228,6 +234,7 @@ class XLSTMConfig(PreTrainedConfig):
     chunk_size: int = 64
     kernel_backend: Literal["auto", "torch", "reference"] = "auto"
     state_dtype: Literal["float32", "float64"] = "float32"
+    debug: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

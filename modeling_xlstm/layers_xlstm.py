@@ -126,6 +126,10 @@ class CausalConv(nn.Module):
 def with_past(x: Tensor, state: LayerState | None, window: int) -> Tensor:
     """The inputs a convolution looks back on, then those of the tokens: [B, W - 1 + T, D]."""
     past = None if state is None else state.conv
+    if past is not None and past.device != x.device:
+        raise ValueError(
+            f"The state must be on {x.device} as the input is; got {past.device}. Use `.to()` on the cache."
+        )
     past = x.new_zeros(x.shape[0], window - 1, x.shape[2]) if past is None else past.to(x.dtype)
     return torch.cat([past, x], 1)
 

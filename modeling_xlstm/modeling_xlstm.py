@@ -19,6 +19,7 @@ from transformers.utils import can_return_tuple, logging
 from .blocks_xlstm import XLSTMBlock
 from .cache_xlstm import XLSTMCache
 from .configuration_xlstm import XLSTMConfig
+from .debug_xlstm import check_finite
 from .layers_xlstm import block_norm, soft_cap
 from .pretrained_xlstm import XLSTMPreTrainedModel
 from .states_xlstm import Call
@@ -76,6 +77,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
 
         Raises:
             ValueError: not one of ids, embeddings and frames; a mask, cache or packing that does not fit.
+            FloatingPointError: `config.debug` is set and a block gave values that are not finite.
         """
         warn_unused(kwargs)
         x = self._embed(input_ids, inputs_embeds, input_features)
@@ -85,15 +87,20 @@ class XLSTMModel(XLSTMPreTrainedModel):
         B, T, _ = x.shape
         cache = self._open_cache(past_key_values, use_cache, B)
         past = 0 if cache is None else cache.get_seq_length()
-        layout = lay_out_tokens((B, T), past, attention_mask, seq_idx, cu_seq_lens_q, position_ids)
+        layout = lay_out_tokens((B, T), x.device, past, attention_mask, seq_idx, cu_seq_lens_q, position_ids)
 
         recording = cache is not None and cache.recording
         x = layout.pack(x)
         hidden, states = [], []
-        for layer, state in zip(self.layers, [None] * len(self.layers) if cache is None else cache.states, strict=True):
+        layers = self.layers[: self.config.num_hidden_layers]  # fewer while drafting with `assistant_early_exit`
+        befores = [None] * len(layers) if cache is None else cache.states
+        for i, (layer, before) in enumerate(zip(layers, befores, strict=True)):
             if output_hidden_states:
                 hidden.append(layout.unpack(x))
-            x, state = layer(x, Call(state, layout.lengths, layout.reset, recording))
+            y, state = layer(x, Call(before, layout.lengths, layout.reset, recording))
+            if self.config.debug:
+                check_finite(f"layers.{i}", layer, x, y, before, state)
+            x = y
             states.append(state)
         x = layout.unpack(self.norm(x))
         if cache is not None:
@@ -109,16 +116,24 @@ class XLSTMModel(XLSTMPreTrainedModel):
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "input_features": input_features}
         if sum(x is not None for x in given.values()) != 1:
             raise ValueError(f"Pass exactly one of {', '.join(f'`{name}`' for name in given)}.")
-        if inputs_embeds is not None:
-            return inputs_embeds
-        name, reader = ("input_features", self.frame_proj) if input_ids is None else ("input_ids", self.embed_tokens)
+        name, x = next((name, x) for name, x in given.items() if x is not None)
+        reader: nn.Module | None
+        if name == "input_ids":
+            if x.dim() != 2 or x.dtype not in (torch.int64, torch.int32):
+                got = f"shape {tuple(x.shape)} of {x.dtype}"
+                raise ValueError(f"`input_ids` must be [B, T] integers, int64 or int32; got {got}.")
+            reader, field = self.embed_tokens, "vocab_size"
+        else:
+            width = self.config.hidden_size if name == "inputs_embeds" else self.config.frame_size
+            if x.dim() != 3 or x.shape[-1] != width or not x.is_floating_point():
+                got = f"shape {tuple(x.shape)} of {x.dtype}"
+                raise ValueError(f"`{name}` must be [B, T, {width}] and floating point; got {got}.")
+            if name == "inputs_embeds":
+                return x
+            reader, field = self.frame_proj, "input_size"
         if reader is None:
-            field = "input_size" if input_ids is None else "vocab_size"
             raise ValueError(f"`{name}` cannot be read: this model was made without `{field}`.")
-        width = self.config.frame_size
-        if input_features is not None and (input_features.dim() != 3 or input_features.shape[-1] != width):
-            raise ValueError(f"`input_features` must be [B, T, {width}]; got shape {tuple(input_features.shape)}.")
-        return reader(input_ids if input_features is None else input_features)
+        return reader(x)
 
     def _open_cache(self, cache: XLSTMCache | None, use_cache: bool | None, B: int) -> XLSTMCache | None:
         """The cache to read and write: the one given, a new one, or None."""
@@ -245,7 +260,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         """
         B, T = labels.shape
         mask = None if attention_mask is None else attention_mask[:, -T:]
-        layout = lay_out_tokens((B, T), 0, mask, **packing)
+        layout = lay_out_tokens((B, T), labels.device, 0, mask, **packing)
         if layout.lengths is None and layout.reset is None:
             return None
         targets = layout.pack(labels)

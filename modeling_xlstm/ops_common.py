@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def bind_shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
-    """Match every tensor with its letters and return the size of each letter.
+    """Match every tensor with its letters, all floating point and on one device; return the size of each letter.
 
     Args:
         tensors: name=(tensor, letters), letters as in "B T H K"; a digit stands for itself; None is passed over.
@@ -19,13 +19,21 @@ def bind_shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
         sizes: the size each letter stands for.
 
     Raises:
-        ValueError: a tensor has another number of dimensions, or two tensors disagree about a letter.
+        ValueError: a tensor has another number of dimensions, is not floating point or lies on another device than
+            the first, or two tensors disagree about a letter.
     """
     sizes: dict[str, int] = {}
     origin: dict[str, str] = {}
+    leader: tuple[str, torch.device] | None = None
     for name, (tensor, letters) in tensors.items():
         if tensor is None:
             continue
+        leader = leader or (name, tensor.device)
+        if tensor.device != leader[1] or not tensor.is_floating_point():
+            raise ValueError(
+                f"`{name}` must be floating point on {leader[1]} as `{leader[0]}` is; got {tensor.dtype} on "
+                f"{tensor.device}. Use `.to()`, which an XLSTMCache has too."
+            )
         wanted = letters.split()
         if tensor.dim() != len(wanted):
             raise ValueError(f"`{name}` must be [{', '.join(wanted)}]; got shape {tuple(tensor.shape)}.")
@@ -50,7 +58,8 @@ def mark_tokens(
         reset: `reset` without its padded tokens, for a token that does not exist begins no document.
 
     Raises:
-        ValueError: there is no token, or `lengths` is not [B] integers, or `reset` is not [B, T] booleans.
+        ValueError: there is no token, or `lengths` is not [B] integers, or `reset` is not [B, T] booleans, or one of
+            them lies on another device than the inputs.
     """
     if T == 0:
         raise ValueError("An op needs at least one token; got T = 0. Skip the call: no token changes no state.")
@@ -58,6 +67,9 @@ def mark_tokens(
         raise ValueError(f"`lengths` must be [B] = [{B}] integers; got {tuple(lengths.shape)} of {lengths.dtype}.")
     if reset is not None and (reset.shape != (B, T) or reset.dtype != torch.bool):
         raise ValueError(f"`reset` must be [B, T] = [{B}, {T}] booleans; got {tuple(reset.shape)} of {reset.dtype}.")
+    for name, x in (("lengths", lengths), ("reset", reset)):
+        if x is not None and x.device != device:
+            raise ValueError(f"`{name}` must be on {device} as the inputs are; got {x.device}. Use `.to()`.")
     if lengths is None:
         return None, reset
     padded = torch.arange(T, device=device) >= lengths[:, None]

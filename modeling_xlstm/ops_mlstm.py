@@ -48,8 +48,8 @@ def mlstm(
         state: state after the last real token, float32 or wider; the one passed in is not modified.
 
     Raises:
-        ValueError: shapes disagree, T is 0, `chunk_size` is below 1, the backend or gate is unknown, or a `reset` meets
-            'exp_both'.
+        ValueError: shapes, devices or kinds of numbers disagree, T is 0, `chunk_size` is below 1, the backend or gate
+            is unknown, or a `reset` meets 'exp_both'.
     """
     given = MLSTMState(None, None, None) if state is None else state  # type: ignore[arg-type]
     size = bind_shapes(

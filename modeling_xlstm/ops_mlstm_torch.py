@@ -40,6 +40,16 @@ class _Weights(NamedTuple):
     floor: Tensor
 
 
+def _weigh(x: Tensor, seen: Tensor | None = None) -> Tensor:
+    """exp(x) where `seen`, else 0, and 0 below e^-60, which is less than rounding beside the weights that count.
+
+    Products of numbers that are too small to be normal take a hundred times as long, and so does exp of infinities.
+    """
+    counts = x > -60.0
+    highest = math.log(torch.finfo(x.dtype).max) - 3  # of what is not seen
+    return torch.where(counts if seen is None else counts.logical_and_(seen), x.clamp(-60.0, highest).exp(), 0.0)
+
+
 def _visible(document: Tensor | None, L: int, device: torch.device) -> Tensor:
     """Which tokens s (last dim) a token t sees: [L, L], or [B, 1, N, L, L] with documents."""
     seen = torch.ones(L, L, dtype=torch.bool, device=device).tril()
@@ -53,7 +63,7 @@ def _weigh_tokens(
 
     `document` counts the resets since the start of each chunk, [B, 1, N, L]; tokens of the same one see each other.
     """
-    N, L = log_i.shape[2:]
+    L = log_i.shape[-1]
     b = log_f.cumsum(-1)
     a = log_i - b
     if document is None:
@@ -65,20 +75,40 @@ def _weigh_tokens(
         is_reset = F.pad(document, (1, 0)).diff(dim=-1) > 0
         base = F.pad(b, (1, -1)).masked_fill(~is_reset, 0.0).cummin(-1).values  # b never rises
         highest = a[..., None, :].masked_fill(~_visible(document, L, b.device), -torch.inf).amax(-1)
-    before = []
-    for c in range(N):
-        before.append(m)
-        m = m * reached[:, :, c, -1]
-        if not sigmoid_gate:
-            m = torch.maximum(highest[:, :, c, -1], m - base[:, :, c, -1]) + b[:, :, c, -1]
-    start = torch.stack(before, 2)[..., None] * reached
+    cut = None if document is None else reached[..., -1]
+    before, m = _stabilisers(m, highest[..., -1] + b[..., -1], b[..., -1] - base[..., -1], cut, sigmoid_gate)
+    start = before[..., None] * reached
     M = start - b if sigmoid_gate else torch.maximum(highest, start - base)
     late = a - M[..., -1:]
     if document is not None:
         late = late.masked_fill(document != document[..., -1:], -torch.inf)
     # A very negative m would make exp(-m) infinite, and the gradient of h = x / infinity is 0 * infinity.
     floor = torch.exp((-b - M).clamp(max=math.log(torch.finfo(b.dtype).max) - 3))
-    return _Weights(a, M, torch.exp(start - base - M) * reached, torch.exp(late), floor), m
+    return _Weights(a, M, _weigh(start - base - M) * reached, _weigh(late), floor), m
+
+
+def _stabilisers(
+    m: Tensor, own: Tensor, decay: Tensor, cut: Tensor | None, sigmoid_gate: bool
+) -> tuple[Tensor, Tensor]:
+    """The stabilisers before each chunk, [B, H, N], and after the last: m = max(own, m + decay) from chunk to chunk.
+
+    `own` is the highest log weight of a chunk's own tokens at its end, `decay` the log weight of what was before it,
+    `cut` 0 where a document that began in the chunk cut that off, so that m starts from 0 there.
+    """
+    if sigmoid_gate:
+        kept = m[..., None] * (torch.ones_like(own) if cut is None else cut).cumprod(-1)
+        return torch.cat([m[..., None], kept[..., :-1]], -1), kept[..., -1]
+    if cut is None:
+        # Sums over a whole sequence lose digits that differences between neighbours need.
+        total = F.pad(decay.double().cumsum(-1), (1, 0))
+        highest = torch.cat([m[..., None].double(), own.double() - total[..., 1:]], -1).cummax(-1).values
+        kept = (highest + total).to(m.dtype)
+        return kept[..., :-1], kept[..., -1]
+    before = []
+    for own_c, decay_c, cut_c in zip(own.unbind(-1), decay.unbind(-1), cut.unbind(-1), strict=True):
+        before.append(m)
+        m = torch.maximum(own_c, m * cut_c + decay_c)
+    return torch.stack(before, -1), m
 
 
 class _Chunks(torch.autograd.Function):
@@ -89,20 +119,23 @@ class _Chunks(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, a: Tensor, M: Tensor, carry: Tensor, write: Tensor, floor: Tensor,
         C: Tensor, n: Tensor, seen: Tensor, eps: float,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        C_before, n_before, C, n = _states(k, v, carry[..., -1], write, C, n)
-        P = (q @ k.mT).mul_(_decay(a, M, seen))
+        kw = k * write[..., None]
+        C_before, C = _scan(kw.mT @ v, carry[..., -1], C)
+        n_before, n = _scan(kw.sum(-2), carry[..., -1], n)
+        D = _weigh(a[..., None, :] - M[..., None], seen)
+        P = (q @ k.mT).mul_(D)
         qn = P.sum(-1).add_(carry * (q @ n_before[..., None])[..., 0])
-        h = torch.matmul(q * carry[..., None], C_before).add_(P @ v)
+        h = _add_product(torch.matmul(q * carry[..., None], C_before), P, v)
         normaliser = torch.maximum(qn.abs(), floor).add_(eps)
         h.div_(normaliser[..., None])
-        ctx.save_for_backward(q, k, v, a, M, carry, write, floor, C_before, n_before, seen, h, qn, normaliser)
+        ctx.save_for_backward(q, k, v, D, P, carry, write, floor, C_before, n_before, h, qn, normaliser)
         ctx.set_materialize_grads(False)
         return h, C, n
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, a, M, carry, write, floor, C_before, n_before, seen, h, qn, normaliser = ctx.saved_tensors
+        q, k, v, D, P, carry, write, floor, C_before, n_before, h, qn, normaliser = ctx.saved_tensors
         dh = torch.zeros_like(h) if dh is None else dh
         dnumerator = dh / normaliser[..., None]
         dnormaliser = -(dnumerator * h).sum(-1)
@@ -114,19 +147,18 @@ class _Chunks(torch.autograd.Function):
         dq_carried = (dnumerator @ C_before.mT).addcmul_(dqn[..., None], n_before[..., None, :])
         dcarry = (q * dq_carried).sum(-1)
         q_carried = q * carry[..., None]
-        dC_after, dn_after, dC_0, dn_0 = _state_gradients(
-            q_carried.mT @ dnumerator, (q_carried.mT @ dqn[..., None])[..., 0], carry[..., -1], dC, dn
-        )
+        keep = carry[..., -1]
+        dC = torch.zeros_like(C_before[:, :, 0]) if dC is None else dC
+        dn = torch.zeros_like(n_before[:, :, 0]) if dn is None else dn
+        dC_after, dC_0 = _scan(q_carried.mT @ dnumerator, keep, dC, reverse=True)
+        dn_after, dn_0 = _scan((q_carried.mT @ dqn[..., None])[..., 0], keep, dn, reverse=True)
         dcarry[..., -1] += (C_before * dC_after).sum((-2, -1)) + (n_before * dn_after).sum(-1)
-        dk_written = v @ dC_after.mT + dn_after[..., None, :]
+        dk_written = (v @ dC_after.mT).add_(dn_after[..., None, :])
         dwrite = (k * dk_written).sum(-1)
-        dv = (k * write[..., None]) @ dC_after
 
         # Within each chunk.
-        D = _decay(a, M, seen)
+        dv = _add_product((k * write[..., None]) @ dC_after, P.mT, dnumerator)
         dS = (dnumerator @ v.mT).add_(dqn[..., None]).mul_(D)
-        P = (q @ k.mT).mul_(D)
-        dv += P.mT @ dnumerator
         dq, dk = dS @ k, dS.mT @ q
         dM, da = -(q * dq).sum(-1), (k * dk).sum(-1)
         dq.addcmul_(dq_carried, carry[..., None])
@@ -134,34 +166,51 @@ class _Chunks(torch.autograd.Function):
         return dq, dk, dv, da, dM, dcarry, dwrite, dfloor, dC_0, dn_0, None, None
 
 
-def _decay(a: Tensor, M: Tensor, seen: Tensor) -> Tensor:
-    """Weight of token s (last dim) at token t, [B, H, N, L, L]."""
-    return (a[..., None, :] - M[..., None]).masked_fill_(~seen, -torch.inf).exp_()
+def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x + a @ b, in place."""
+    x.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
+    return x
 
 
-def _states(k: Tensor, v: Tensor, keep: Tensor, write: Tensor, C: Tensor, n: Tensor) -> tuple[Tensor, ...]:
-    """The states before each chunk, [B, H, N, K, V] and [B, H, N, K], and after the last."""
-    k = k * write[..., None]
-    C_all, n_all = k.mT @ v, k.sum(-2)
-    for c in range(k.shape[2]):
-        # What the chunk writes gives its place to the state before it.
-        C, C_before = torch.addcmul(C_all[:, :, c], keep[:, :, c, None, None], C), C
-        n, n_before = torch.addcmul(n_all[:, :, c], keep[:, :, c, None], n), n
-        C_all[:, :, c], n_all[:, :, c] = C_before, n_before
-    return C_all, n_all, C, n
+def _scan(x: Tensor, keep: Tensor, first: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    """The values of s before each chunk, and the last, of s = keep s + x from chunk to chunk.
+
+    A group of chunks is one matrix product with their decays, for many small steps cost more than it.
+
+    Args:
+        x: what each chunk adds, [B, H, N, ...].
+        keep: what each leaves of the value before it, [B, H, N].
+        first: the value before all, [B, H, ...].
+        reverse: from the last chunk to the first.
+    """
+    shape = x.shape
+    x, s = x.flatten(3), first.flatten(2)[:, :, None]
+    befores = []
+    log_keep = keep.log()
+    for part in _groups(shape[2], reverse):
+        weights = _scan_weights(log_keep[:, :, part], reverse)
+        values = (weights[..., 1:] @ x[:, :, part]).addcmul_(weights[..., :1], s)
+        values, s = (values[:, :, 1:], values[:, :, :1]) if reverse else (values[:, :, :-1], values[:, :, -1:])
+        befores.append(values)
+    before = torch.cat(befores[::-1] if reverse else befores, 2)
+    return before.view(shape), s.reshape(first.shape)
 
 
-def _state_gradients(
-    dC_all: Tensor, dn_all: Tensor, keep: Tensor, dC: Tensor | None, dn: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Gradients of the states after each chunk, from what each chunk read of the state before it, and of the first."""
-    dC = torch.zeros_like(dC_all[:, :, 0]) if dC is None else dC
-    dn = torch.zeros_like(dn_all[:, :, 0]) if dn is None else dn
-    for c in range(dC_all.shape[2] - 1, -1, -1):
-        dC, dC_after = torch.addcmul(dC_all[:, :, c], keep[:, :, c, None, None], dC), dC
-        dn, dn_after = torch.addcmul(dn_all[:, :, c], keep[:, :, c, None], dn), dn
-        dC_all[:, :, c], dn_all[:, :, c] = dC_after, dn_after
-    return dC_all, dn_all, dC, dn
+def _groups(N: int, reverse: bool) -> list[slice]:
+    """At most 16 neighbours at a time, in the order of the scan."""
+    groups = [slice(start, min(start + 16, N)) for start in range(0, N, 16)]
+    return groups[::-1] if reverse else groups
+
+
+def _scan_weights(log_keep: Tensor, reverse: bool) -> Tensor:
+    """What the first value (column 0) and each addition count in each value, the last one too: [B, H, g + 1, g + 1]."""
+    if reverse:
+        weights = _scan_weights(log_keep.flip(-1), False)
+        return torch.cat([weights[..., :1], weights[..., 1:].flip(-1)], -1).flip(-2)
+    g = log_keep.shape[-1]
+    later = torch.ones(g, g + 1, dtype=torch.bool, device=log_keep.device).tril()
+    total = torch.where(later, log_keep[..., None], 0.0).cumsum(-2)
+    return _weigh(F.pad(total, (0, 0, 1, 0))).tril_()
 
 
 def _into_chunks(x: Tensor, N: int, L: int, fill: float = 0.0) -> Tensor:

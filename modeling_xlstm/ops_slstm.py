@@ -48,7 +48,7 @@ def slstm(
         state: state after the last real token, float32 or wider; the one passed in is not modified.
 
     Raises:
-        ValueError: shapes disagree, T is 0, or the backend or gate is unknown.
+        ValueError: shapes, devices or kinds of numbers disagree, T is 0, or the backend or gate is unknown.
     """
     given = SLSTMState(None, None, None, None) if state is None else state  # type: ignore[arg-type]
     size = bind_shapes(

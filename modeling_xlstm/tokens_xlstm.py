@@ -44,6 +44,7 @@ class TokenLayout:
 
 def lay_out_tokens(
     size: tuple[int, int],
+    device: torch.device,
     past: int = 0,
     attention_mask: Tensor | None = None,
     seq_idx: Tensor | None = None,
@@ -54,6 +55,7 @@ def lay_out_tokens(
 
     Args:
         size: rows B and current tokens T.
+        device: where the tokens are.
         past: tokens the cache has seen.
         attention_mask: 1 at real tokens, 0 at padding, [B, T] or, as generation passes it, [B, past + T].
         seq_idx: number of the document each token belongs to, [B, T]; a document begins where it changes.
@@ -64,8 +66,13 @@ def lay_out_tokens(
         layout: see `TokenLayout`. The first token of a row never resets: the state passed in belongs to its document.
 
     Raises:
-        ValueError: a shape does not fit, `cu_seq_lens_q` does not rise from 0 to T, or two spellings disagree.
+        ValueError: a shape or device does not fit, `cu_seq_lens_q` does not rise from 0 to T, or two spellings
+            disagree.
     """
+    packing = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "position_ids": position_ids}
+    for name, x in {"attention_mask": attention_mask, **packing}.items():
+        if x is not None and x.device != device:
+            raise ValueError(f"`{name}` must be on {device} as the tokens are; got {x.device}. Use `.to()`.")
     layout = TokenLayout(_real_tokens(attention_mask, size, past))
     starts: dict[str, Tensor] = {}
     if seq_idx is not None:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -306,6 +307,11 @@ def number(kind: type, low: float, high: float = float("inf")) -> Any:
     return parse_number
 
 
+def underscored(words: Sequence[str]) -> list[str]:
+    """Flags may be spelled with - for _, as those of Transformers' own parser."""
+    return [re.sub(r"^--[a-z-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write text with a checkpoint.")
     add = parser.add_argument
@@ -326,7 +332,7 @@ def parse() -> argparse.Namespace:
     add("--temperature", type=number(float, 0), help="of sampling; 0 is greedy (default: the checkpoint's)")
     add("--top_p", type=number(float, 1e-6, 1), help="sample from this share (default: the checkpoint's)")
     add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
-    return parser.parse_args()
+    return parser.parse_args(underscored(sys.argv[1:]))
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from inputs import STYLES, rows, tiny_model, tokens
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -296,3 +298,70 @@ def test_a_missing_file_and_an_empty_cache_are_named(tmp_path: Path) -> None:
         XLSTMCache.load(tmp_path / "nothing.safetensors")
     with pytest.raises(ValueError, match="has seen no token"):
         XLSTMCache(tiny_model(XLSTMForCausalLM).config).save(tmp_path / "empty.safetensors")
+
+
+STEP = st.one_of(
+    st.tuples(st.just("feed"), st.lists(st.integers(0, 2**20), min_size=1, max_size=4)),  # one mask per column, as bits
+    st.tuples(st.just("draft"), st.lists(st.integers(0, 2**20), min_size=1, max_size=4), st.integers(0, 4)),
+    st.tuples(st.just("select"), st.lists(st.integers(0, 5), min_size=1, max_size=3)),
+    st.tuples(st.just("repeat"), st.integers(1, 2)),
+    st.tuples(st.just("fork")),
+    st.tuples(st.just("save")),
+)
+
+
+class Texts:
+    """A cache, and beside it, column by column, all that it should have seen."""
+
+    def __init__(self, style: str, path: Path):
+        self.model, self.path = tiny_model(XLSTMForCausalLM, style), path
+        self.cache = XLSTMCache(self.model.config)
+        self.ids, self.mask = tokens(2, 0), torch.zeros(2, 0, dtype=torch.long)
+        self.feed([3, 1])
+
+    def feed(self, bits: list[int]) -> None:
+        ids = tokens(len(self.ids), len(bits))
+        mask = (torch.tensor(bits) >> torch.arange(len(ids))[:, None]) & 1
+        self.model(ids, attention_mask=mask, past_key_values=self.cache)
+        self.ids, self.mask = torch.cat([self.ids, ids], 1), torch.cat([self.mask, mask], 1)
+
+    def draft(self, bits: list[int], back: int) -> None:
+        self.cache.activate_past_recording()
+        self.feed(bits)
+        back = min(back, len(bits))
+        self.cache.crop(-back)
+        kept = self.ids.shape[1] - back
+        self.ids, self.mask = self.ids[:, :kept], self.mask[:, :kept]
+
+    def select(self, order: list[int]) -> None:
+        index = torch.tensor(order) % len(self.ids)
+        self.cache.batch_select_indices(index)
+        self.ids, self.mask = self.ids[index], self.mask[index]
+
+    def repeat(self, times: int) -> None:
+        if len(self.ids) * times <= 4:
+            self.cache.batch_repeat_interleave(times)
+            self.ids, self.mask = self.ids.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0)
+
+    def fork(self) -> None:
+        self.cache, other = copy.deepcopy(self.cache), self.cache
+        self.model(tokens(len(self.ids), 2), past_key_values=other)  # what the other does stays its own
+
+    def save(self) -> None:
+        self.cache.save(self.path)
+        self.cache = XLSTMCache.load(self.path, self.model.config)
+
+
+@every_style
+@settings(max_examples=20)
+@given(steps=st.lists(STEP, max_size=6))
+def test_any_sequence_of_operations_equals_one_forward_of_each_text(
+    style: str, steps: list[tuple[Any, ...]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Continue with padding anywhere, come back, reorder, select, repeat, fork, save and load, in any order."""
+    texts = Texts(style, tmp_path_factory.mktemp("states") / "state.safetensors")
+    for name, *arguments in steps:
+        getattr(texts, name)(*arguments)
+    expected = texts.model(texts.ids, attention_mask=texts.mask).past_key_values
+    assert_same(states(texts.cache), states(expected))
+    assert texts.cache.get_seq_length() == texts.ids.shape[1]

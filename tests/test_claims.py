@@ -9,9 +9,6 @@ from checkout import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import tasks_digits
-import tasks_forecasting
-import tasks_recall
 import tasks_state_tracking
 
 pytestmark = pytest.mark.claim

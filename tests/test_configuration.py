@@ -276,7 +276,12 @@ def test_a_wrong_or_contradictory_spelling_of_the_block_types_raises(
 
 
 @pytest.mark.parametrize(
-    ("alias", "field"), [("expand_factor", "ffn_proj_factor"), ("num_attention_heads", "num_heads")]
+    ("alias", "field"),
+    [
+        ("expand_factor", "ffn_proj_factor"),
+        ("num_attention_heads", "num_heads"),
+        ("final_logit_softcapping", "output_logit_soft_cap"),
+    ],
 )
 def test_an_alias_reads_and_writes_its_field_is_not_stored_and_may_not_contradict_it(alias: str, field: str) -> None:
     config = XLSTMConfig(**{alias: 2})

@@ -104,7 +104,7 @@ def test_going_on_from_a_saved_state_is_going_on_from_the_whole_text(checkpoint:
     )
 
     more = checkpoint.ids(SECOND)
-    out, _ = generate(checkpoint, "--load_state", state, "--prompt", SECOND)
+    out, _ = generate(checkpoint, "--load-state", state, "--prompt", SECOND)
     assert out == checkpoint.text([*more, *checkpoint.greedy([*start, *completion, *more])]) + "\n"
 
 

@@ -200,6 +200,15 @@ def test_prompt_lookup_decoding_gives_the_greedy_output(style: str) -> None:
     assert torch.equal(out, greedy(model, ids, 20))
 
 
+@every_style
+@pytest.mark.parametrize("layers", [1, 2])
+def test_drafting_with_its_own_first_blocks_gives_the_greedy_output(style: str, layers: int) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, style), tokens(1, 5)
+    out = decode(model, ids, assistant_early_exit=layers, max_new_tokens=20, min_new_tokens=20)
+    assert torch.equal(out, greedy(model, ids, 20))
+    assert model.config.num_hidden_layers == 3
+
+
 def test_an_assistant_that_is_often_right_saves_forward_passes() -> None:
     model, ids, calls = tiny_model(XLSTMForCausalLM), tokens(1, 5), []
     model.model.register_forward_pre_hook(lambda *_: calls.append(1))

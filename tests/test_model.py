@@ -174,14 +174,19 @@ def test_padding_and_packing_combine(style: str) -> None:
         ({"attention_mask": torch.ones(1, 6)}, r"`attention_mask` must be \[2, 6\]"),
         ({"seq_idx": torch.zeros(2, 5, dtype=torch.long)}, r"`seq_idx` must be \[2, 6\]"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 6])}, "describe a single row"),
-        ({"inputs_embeds": torch.zeros(2, 6, 16)}, "exactly one of `input_ids` and `inputs_embeds`"),
+        ({"inputs_embeds": torch.zeros(2, 6, 16)}, "exactly one of `input_ids`, `inputs_embeds`"),
+        ({"input_ids": torch.zeros(2, 6)}, r"`input_ids` must be \[B, T\] integers.*torch.float32"),
+        ({"input_ids": torch.zeros(6, dtype=torch.long)}, r"`input_ids` must be \[B, T\] integers"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(2, 6, 15)}, r"`inputs_embeds` must be \[B, T, 16\]"),
+        ({"attention_mask": torch.ones(2, 6, device="meta")}, "`attention_mask` must be on cpu"),
+        ({"seq_idx": torch.zeros(2, 6, device="meta")}, "`seq_idx` must be on cpu"),
         ({"past_key_values": DynamicCache()}, "`past_key_values` must be an XLSTMCache"),
     ],
 )
 def test_bad_arguments_are_named(fault: dict[str, Any], message: str) -> None:
     model = tiny_model(XLSTMModel)
     with pytest.raises(ValueError, match=message):
-        model(tokens(2, 6), **fault)
+        model(**{"input_ids": tokens(2, 6), **fault})
 
 
 @pytest.mark.parametrize(
@@ -202,6 +207,14 @@ def test_a_cache_of_another_batch_size_raises() -> None:
     model = tiny_model(XLSTMModel)
     cache = model(tokens(3, 4)).past_key_values
     with pytest.raises(ValueError, match="holds 3 rows and the input has 2"):
+        model(tokens(2, 4), past_key_values=cache)
+
+
+@every_style
+def test_a_cache_on_another_device_raises(style: str) -> None:
+    model = tiny_model(XLSTMModel, style)
+    cache = model(tokens(2, 4)).past_key_values.to("meta")
+    with pytest.raises(ValueError, match=r"must be (floating point )?on cpu as"):
         model(tokens(2, 4), past_key_values=cache)
 
 
@@ -447,3 +460,48 @@ def test_the_embedding_of_an_end_token_that_also_pads_is_trained() -> None:
     ids[0, 3] = 2
     _, gradients = loss_gradients(model, input_ids=ids, labels=ids)
     assert gradients["model.embed_tokens.weight"][2].any()
+
+
+def broken(where: str) -> tuple[XLSTMForCausalLM, dict[str, Any]]:
+    """A model in debug, and inputs, of which one thing is not finite."""
+    model, ids = tiny_model(XLSTMForCausalLM, "neurips", debug=True), tokens(2, 5)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    with torch.no_grad():
+        if where == "parameter":
+            model.model.layers[1].mixer.up_proj.weight[0, 0] = torch.nan
+        elif where == "state":
+            inputs["past_key_values"] = model(ids).past_key_values
+            inputs["past_key_values"].layers[1].state.cell.C[1] = torch.inf
+        else:
+            x = model.model.embed_tokens(ids)
+            x[1, 3, 0] = torch.inf
+            inputs = {"inputs_embeds": x}
+    return model, inputs
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (
+            "parameter",
+            r"`layers.1` .*output \(rows \[0, 1\], from token 0 on\).*began: parameter `mixer.up_proj.weight`",
+        ),
+        ("state", r"`layers.1` .*state `C` \(rows \[1\]\).*began: state before the first token `C` \(rows \[1\]\)"),
+        ("input", r"`layers.0` .*output \(rows \[1\], from token 3 on\).*began: input \(rows \[1\], from token 3 on\)"),
+    ],
+)
+def test_debug_tells_where_values_stopped_being_finite(where: str, message: str) -> None:
+    model, inputs = broken(where)
+    with pytest.raises(FloatingPointError, match=message):
+        model(**inputs)
+    model.config.debug = False
+    assert not model(**inputs).logits.isfinite().all()
+
+
+def test_debug_blames_the_range_of_the_dtype_where_everything_before_was_finite() -> None:
+    model = tiny_model(XLSTMForCausalLM, "large", "mlstm", debug=True).to(torch.float16)
+    x = torch.full((1, 2, 16), 60000.0, dtype=torch.float16)
+    with torch.no_grad():
+        model.model.layers[0].mixer.v_proj.weight.fill_(60000.0)
+        with pytest.raises(FloatingPointError, match=r"input \(largest 6e\+04 in torch.float16\), earlier"):
+            model(inputs_embeds=x)

@@ -1,0 +1,233 @@
+"""Training with Transformers' Trainer on documents of any length: segment after segment, the states carried on.
+
+Truncated back-propagation through time: a segment starts from the states that the one before it left, detached, so
+the model learns from a past of any length at the memory of one segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from transformers import Trainer, TrainingArguments
+from transformers.data import default_data_collator
+
+from .cache_xlstm import XLSTMCache
+from .configuration_xlstm import XLSTMConfig
+
+IGNORED = -100  # the label that counts in no loss
+
+
+class Segments(Dataset[dict[str, Tensor]]):
+    """Documents laid end to end, cut into lanes of one length, and every lane into segments.
+
+    Item i is segment i // lanes of lane i % lanes: read in order, `lanes` items are one segment of every lane, and the
+    next `lanes` items are what follows each. Every token but the first of a document is predicted exactly once, across
+    the ends of segments and lanes too. The end of a lane cuts at most one document, whose rest opens the next lane from
+    an empty state. Nothing is left out; the last segment of a lane is padded.
+
+    Args:
+        documents: token ids of each document, none of them empty.
+        lanes: rows of one optimizer step over all processes: processes x batch size x accumulation steps.
+        segment_tokens: tokens of a segment, T; gradients reach no further back.
+        seed: shuffles the documents, anew in every epoch; None keeps their order.
+
+    Raises:
+        ValueError: a document is empty, or there is less than a token for each lane.
+    """
+
+    def __init__(self, documents: Iterable[Sequence[int] | Tensor], lanes: int, segment_tokens: int, seed: int | None):
+        # Half the memory of torch's own integers; a vocabulary needs no more.
+        parts = [torch.as_tensor(document, dtype=torch.int32) for document in documents]
+        lengths = torch.tensor([len(part) for part in parts])
+        if not parts or int(lengths.min()) == 0:
+            raise ValueError(
+                f"`documents` must hold at least one document, and no empty one; got {len(parts)}, of them "
+                f"{int((lengths == 0).sum())} empty. Leave the empty ones out."
+            )
+        if lanes < 1 or segment_tokens < 1 or int(lengths.sum()) < lanes:
+            raise ValueError(
+                f"`lanes` and `segment_tokens` must be at least 1, with a token for each lane; got {lanes} and "
+                f"{segment_tokens} for {int(lengths.sum())} tokens. Use a smaller batch, or more text."
+            )
+        self.ids, self.lengths = torch.cat(parts), lengths
+        self.begins = lengths.cumsum(0) - lengths  # where each document begins in `ids`
+        self.lanes, self.segment_tokens, self.seed = lanes, segment_tokens, seed
+        self.edges = [len(self.ids) * lane // lanes for lane in range(lanes + 1)]  # of the lanes, in the stream
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lay the documents out in the order of this epoch."""
+        order = torch.arange(len(self.lengths))
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(len(self.lengths), generator=generator)
+        self.ends = self.lengths[order].cumsum(0)  # of the documents, in the stream
+        # How far a document's place in `ids` is from its place in the stream.
+        self.shifts = self.begins[order] - (self.ends - self.lengths[order])
+
+    def __len__(self) -> int:
+        longest = -(-len(self.ids) // self.lanes)
+        return -(-longest // self.segment_tokens) * self.lanes
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One segment of one lane.
+
+        Returns:
+            item: `input_ids`, `attention_mask`, `seq_idx` (numbers of documents), and `shift_labels` and `labels`, both
+                what each token predicts, [T]; `lane`, and `fresh`, whether no state is to be carried into the segment.
+        """
+        segment, lane = divmod(index, self.lanes)
+        start, stop = self.edges[lane] + segment * self.segment_tokens, self.edges[lane + 1]
+        # One token more on either side: what comes before tells whether a document begins, what follows is predicted.
+        places = torch.arange(start - 1, start + self.segment_tokens + 1)  # [T + 2]
+        document = torch.searchsorted(self.ends, places, right=True)
+        ids = self.ids[
+            (places + self.shifts[document.clamp(max=len(self.ends) - 1)]).clamp(0, len(self.ids) - 1)
+        ].long()
+        real = places[1:-1] < stop
+        predicts = real & (document[1:-1] == document[2:])
+        targets = ids[2:].masked_fill(~predicts, IGNORED)
+        return {
+            "input_ids": ids[1:-1].masked_fill(~real, 0),
+            "attention_mask": real.long(),
+            "seq_idx": document[1:-1],
+            "labels": targets,
+            "shift_labels": targets,
+            "lane": torch.tensor(lane),
+            "fresh": torch.tensor(segment == 0 or bool(document[0] != document[1])),
+        }
+
+
+class CarriedStateTrainer(Trainer):
+    """Transformers' Trainer on `Segments`: the states of every lane go from one optimizer step to the next, detached.
+
+    Each micro-batch of each process has lanes of its own, so accumulation and processes only say where a lane is
+    computed. States are reset where a lane begins a document, saved in every checkpoint, and read again on resuming.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._carried: dict[int, XLSTMCache] = {}  # by the first lane of a micro-batch
+        self._carried_in_evaluation: dict[int, XLSTMCache] = {}
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The segments in order, `per_device_train_batch_size` lanes for each process and micro-batch.
+
+        Raises:
+            ValueError: an argument would take a segment to another lane, or the number of lanes is not that of a step.
+        """
+        check_arguments(self.args)
+        per_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return self._in_order(self.train_dataset, self._train_batch_size, per_step)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As in Trainer; segments are read in order, and every evaluation starts from empty states."""
+        self._carried_in_evaluation = {}
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(chosen, Segments):
+            return super().get_eval_dataloader(eval_dataset)
+        return self._in_order(chosen, self.args.eval_batch_size, self.args.eval_batch_size * self.args.world_size)
+
+    def _in_order(self, segments: Any, batch_size: int, per_step: int) -> DataLoader[Any]:
+        if not isinstance(segments, Segments) or segments.lanes != per_step:
+            raise ValueError(
+                f"The dataset must be `Segments` of {per_step} lanes, the rows of one step over all processes; got "
+                f"{type(segments).__name__} of {getattr(segments, 'lanes', 'no')} lanes."
+            )
+        loader: DataLoader[Any] = DataLoader(
+            segments,
+            batch_size=batch_size,
+            sampler=SequentialSampler(segments),
+            collate_fn=default_data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As in Trainer, from the states that the lanes' last segment left; what comes out is detached."""
+        inputs, cache = self._carry(inputs, self._carried)
+        if num_items_in_batch is not None:
+            # The last segments of an epoch may hold the last tokens of documents only, which predict nothing.
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        cache.detach_()
+        return loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; segments from the states their lanes' last segment left."""
+        if "lane" in inputs:
+            inputs, _ = self._carry(inputs, self._carried_in_evaluation)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _carry(self, inputs: dict[str, Any], carried: dict[int, XLSTMCache]) -> tuple[dict[str, Any], XLSTMCache]:
+        """What the model takes of a batch, and the states to start it from."""
+        inputs = dict(inputs)
+        lane, fresh = int(inputs.pop("lane")[0]), inputs.pop("fresh")
+        cache = carried.setdefault(lane, XLSTMCache(self._config))
+        cache.reset_rows_(fresh)
+        return {**inputs, "past_key_values": cache}, cache
+
+    @property
+    def _config(self) -> XLSTMConfig:
+        model: Any = self.model
+        return model.config
+
+    # Trainer calls the next two in every process, where it saves and restores all else that belongs to one process,
+    # and before the file that tells a checkpoint was written to its end.
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        for lane, cache in self._carried.items():
+            cache.save(states_file(output_dir, lane))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        for micro_batch in range(self.args.gradient_accumulation_steps):
+            lane = (micro_batch * self.args.world_size + self.args.process_index) * self._train_batch_size
+            path = states_file(checkpoint, lane)
+            if not path.is_file():
+                raise ValueError(
+                    f"To resume, {checkpoint} must hold the states of lane {lane} and those after it; there is no "
+                    f"{path.name}. Resume with the processes, batch size and accumulation steps it was trained with."
+                )
+            cache = XLSTMCache.load(path, self._config, self.args.device)
+            if cache.batch_size != self._train_batch_size:
+                raise ValueError(
+                    f"To resume, {path} must hold {self._train_batch_size} lanes, the batch size; got "
+                    f"{cache.batch_size}. Resume with the processes, batch size and accumulation steps it was trained "
+                    "with."
+                )
+            self._carried[lane] = cache
+
+
+def states_file(checkpoint: str, lane: int) -> Path:
+    """Where a checkpoint keeps the states of a micro-batch whose first lane is `lane`."""
+    return Path(checkpoint) / f"states_{lane:05d}.safetensors"
+
+
+def check_arguments(arguments: TrainingArguments) -> None:
+    """Raise ValueError, with the way out, for arguments under which a lane's segments would not follow each other."""
+    accelerate: Any = arguments.accelerator_config
+    faults = {
+        "accelerator_config.split_batches": accelerate.split_batches,
+        "accelerator_config.dispatch_batches": accelerate.dispatch_batches,
+        "ignore_data_skip": arguments.ignore_data_skip,
+        # Workers that stay would go on with the order of the first epoch.
+        "dataloader_persistent_workers": arguments.dataloader_persistent_workers,
+    }
+    for name, value in faults.items():
+        if value:
+            raise ValueError(f"`{name}` cannot be combined with carried states; got {value}. Leave it out.")
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"Carried states need one process per GPU; got one for {arguments.n_gpu}. Launch with torchrun."
+        )

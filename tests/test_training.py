@@ -1,0 +1,195 @@
+"""Carried states: a model trained on segments sees the documents whole, however lanes, steps and processes cut them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from carried import LENGTHS, documents, joined_states, result, trainer
+from checkout import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import TRAINED, assert_identical, assert_same
+from torch import Tensor
+
+from modeling_xlstm.training_xlstm import Segments
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8),
+    lanes=st.integers(1, 5),
+    segment_tokens=st.integers(1, 9),
+    seed=st.sampled_from([None, 0]),
+)
+def test_every_token_is_read_once_in_order_and_predicted_once_but_for_the_first_of_a_document(
+    lengths: list[int], lanes: int, segment_tokens: int, seed: int | None
+) -> None:
+    lanes = min(lanes, sum(lengths))
+    starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
+    segments = Segments(
+        [s + torch.arange(n) for s, n in zip(starts, lengths, strict=True)], lanes, segment_tokens, seed
+    )
+    for epoch in range(2):
+        segments.set_epoch(epoch)
+        items = [segments[i] for i in range(len(segments))]
+        lanes_read = [[items[i] for i in range(lane, len(items), lanes)] for lane in range(lanes)]
+        read = [item["input_ids"][item["attention_mask"] == 1] for lane in lanes_read for item in lane]
+        order = torch.cat(read).tolist()
+        assert sorted(order) == list(range(sum(lengths)))
+        predicted = torch.cat([item["shift_labels"] for item in items])
+        assert sorted(predicted[predicted >= 0].tolist()) == sorted(set(order) - set(starts.tolist()))
+        for item in items:
+            here = item["shift_labels"] >= 0
+            assert_identical(item["shift_labels"][here], item["input_ids"][here] + 1)
+            first = item["input_ids"][0]
+            if item["attention_mask"][0]:
+                assert bool(item["fresh"]) >= bool((first == starts).any())
+
+
+def nats_of_whole_documents(model: Any, segments: Segments) -> Tensor:
+    """Loss of every place of the stream in float64; a document that a lane cuts counts as two, read one by one."""
+    order = torch.repeat_interleave(segments.shifts, segments.ends.diff(prepend=torch.tensor([0])))
+    stream = segments.ids[torch.arange(len(order)) + order].long()
+    nats = torch.zeros(len(stream), dtype=torch.float64)
+    for start, stop in itertools.pairwise(sorted({0, *segments.ends.tolist(), *segments.edges})):
+        # What the last token before a cut predicts opens the next lane.
+        targets = stream[start + 1 : stop + (stop not in segments.ends)]
+        with torch.no_grad():
+            logits = model(stream[None, start:stop]).logits[0, : len(targets)]
+        nats[start : start + len(targets)] = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return nats
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_segments_with_carried_states_have_the_losses_of_whole_documents(tmp_path: Path, micro_batches: int) -> None:
+    segments, T = Segments(documents(LENGTHS), 4, 9, seed=0), 9
+    run = trainer(
+        tmp_path,
+        segments,
+        learning_rate=0.0,
+        max_steps=len(segments) // 4,
+        per_device_train_batch_size=4 // micro_batches,
+        gradient_accumulation_steps=micro_batches,
+    )
+    run.train()
+    nats = nats_of_whole_documents(run.model.eval(), segments)
+    expected = []
+    for step in range(len(segments) // 4):
+        lanes = [nats[start:stop][T * step :][:T] for start, stop in itertools.pairwise(segments.edges)]
+        predicted = [segments[4 * step + lane]["shift_labels"] >= 0 for lane in range(4)]
+        expected.append(torch.cat(lanes).sum() / torch.cat(predicted).sum())
+    assert_same(run.losses, expected)
+
+
+def test_four_micro_batches_of_one_lane_train_as_one_batch_of_four(tmp_path: Path) -> None:
+    results = []
+    for batch, accumulation in ((1, 4), (4, 1)):
+        run = trainer(
+            tmp_path / str(batch),
+            Segments(documents(LENGTHS), 4, 9, seed=0),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=12,  # more than an epoch
+        )
+        run.train()
+        results.append(result(run))
+    assert_same(*results, TRAINED)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Over gloo: every process carries the states of its own lanes."""
+    script = [str(ROOT / "tests" / "carried.py"), str(tmp_path)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
+    places = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(launch, env={**os.environ, **places}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (torch.load(tmp_path / f"result-{rank}.pt") for rank in range(2))
+    assert_identical(first["weights"], second["weights"])
+    # Lanes 0 and 2 are the first process's, 1 and 3 the second's; each keeps its own part of the loss.
+    states = [
+        [torch.stack([a, b], 1).flatten(0, 1) for a, b in zip(*pair, strict=True)]
+        for pair in zip(first["states"], second["states"], strict=True)
+    ]
+    losses = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
+    alone = trainer(tmp_path, Segments(documents(LENGTHS), 4, 9, 0), per_device_train_batch_size=4, max_steps=4)
+    alone.train()
+    assert_same({**first, "losses": losses, "states": states}, result(alone), TRAINED)
+
+
+@pytest.mark.parametrize("stop", [4, 8, 16])
+def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path, stop: int) -> None:
+    """In the middle of an epoch, where one ends after eight steps, and two epochs later."""
+    options = {"gradient_accumulation_steps": 2, "max_steps": 19, "save_strategy": "steps", "save_steps": stop}
+    data = (documents(LENGTHS), 4, 9, 3)
+    whole = trainer(tmp_path, Segments(*data), **options)
+    assert len(whole.train_dataset) == 8 * 4
+    whole.train()
+    again = trainer(tmp_path / "again", Segments(*data), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    again.losses[:stop] = whole.losses[:stop]
+    assert_identical(result(again), result(whole))
+
+
+def test_evaluation_carries_states_of_its_own(tmp_path: Path) -> None:
+    """In the middle of a training, it gives the loss of whole documents and leaves the lanes' states alone."""
+    segments = Segments(documents([36] * 4), 4, 9, seed=None)
+    run = trainer(tmp_path, segments, max_steps=2, gradient_accumulation_steps=2, per_device_eval_batch_size=4)
+    run.train()
+    before = joined_states(run)
+    first, second = run.evaluate()["eval_loss"], run.evaluate()["eval_loss"]
+    whole = segments.ids.view(4, 36).long()
+    with torch.no_grad():
+        logits = run.model(whole).logits
+    # Trainer weighs the batches alike, though a document's last token predicts nothing.
+    nats = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), whole[:, 1:].flatten(), reduction="none")
+    by_segment = [part.mean() for part in nats.view(4, 35).split(9, 1)]
+    assert_same(first, torch.stack(by_segment).mean().item())
+    assert first == second
+    assert_identical(joined_states(run), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_device_train_batch_size": 3}, r"must be `Segments` of 3 lanes.* got Segments of 4 lanes"),
+        ({"ignore_data_skip": True}, "`ignore_data_skip` cannot be combined with carried states"),
+        ({"accelerator_config": {"split_batches": True}}, r"`accelerator_config\.split_batches` cannot be combined"),
+        ({"accelerator_config": {"dispatch_batches": True}}, r"`accelerator_config\.dispatch_batches` cannot"),
+    ],
+)
+def test_what_would_take_a_segment_to_another_lane_is_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    run = trainer(tmp_path, Segments(documents(LENGTHS), 4, 9, None), **{"per_device_train_batch_size": 4, **options})
+    with pytest.raises(ValueError, match=message):
+        run.train()
+
+
+def test_a_checkpoint_without_the_states_of_these_lanes_is_not_resumed(tmp_path: Path) -> None:
+    segments = Segments(documents(LENGTHS), 4, 9, None)
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, segments, gradient_accumulation_steps=2, **options).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    other = trainer(tmp_path, segments, per_device_train_batch_size=4, **options)
+    with pytest.raises(ValueError, match=r"states_00000\.safetensors must hold 4 lanes, the batch size; got 2"):
+        other.train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / "states_00002.safetensors").unlink()
+    same = trainer(tmp_path, segments, gradient_accumulation_steps=2, **options)
+    with pytest.raises(ValueError, match="must hold the states of lane 2 and those after it"):
+        same.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "lanes", "message"),
+    [([], 1, "at least one document"), ([3, 0], 1, "of them 1 empty"), ([3], 4, "a token for each lane; got 4")],
+)
+def test_documents_that_fill_no_lane_are_refused(lengths: list[int], lanes: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Segments(documents(lengths), lanes, 4, None)
