@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import string
 import sys
@@ -150,7 +151,7 @@ class Report:
             "title": self.title,
             "table": self.table(),
             "command": command,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} torch threads",
+            "machine": f"{os.cpu_count()} {platform.machine()} CPU cores, torch threads: {torch.get_num_threads()}",
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
             f"transformers {transformers.__version__}, xlstm-transformers {__version__}",
             "date": datetime.date.today().isoformat(),
@@ -173,6 +174,11 @@ def _draw(plot: Callable[[Any], None], size: tuple[float, float], path: Path) ->
     FigureCanvasAgg(figure)
     plot(figure)
     figure.savefig(path, dpi=150)
+
+
+def line(i: int) -> dict[str, Any]:
+    """How the i-th model of a plot is drawn: all can be seen where they lie on each other."""
+    return {"marker": "osD^"[i % 4], "markersize": 11 - 2.5 * (i % 4), "linewidth": 3 - 0.7 * (i % 4)}
 
 
 def _text(value: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tasks import Recipe, Report, arguments, build_tagger, count_parameters, train
+from tasks import Recipe, Report, arguments, build_tagger, count_parameters, line, train
 from torch import Tensor, nn
 
 KEYS, VALUES = 64, 64
@@ -78,18 +78,20 @@ def main() -> None:
     for kind in options.models or MODELS:
         report.add(**measure(kind, options.seed, options.steps))
 
-    def plot(figure: Any) -> None:
-        axes = figure.add_subplot()
-        for row in report.rows:
-            axes.plot(PAIRS, [row[f"{pairs} pairs"] for pairs in PAIRS], marker="o", label=row["model"])
-        axes.axhline(1 / VALUES, color="grey", linestyle=":", label="chance")
-        axes.axvline(TRAINED_UP_TO, color="grey", linewidth=0.8)
-        axes.set(xlabel="pairs to remember", ylabel="answers that are right", xscale="log", ylim=(-0.03, 1.05))
-        axes.set_xticks(PAIRS, [str(pairs) for pairs in PAIRS])
-        axes.minorticks_off()
-        axes.legend()
+    report.write(lambda figure: draw(figure, report.rows), (5.5, 3.6))
 
-    report.write(plot, (5.5, 3.6))
+
+def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
+    """Accuracy over the number of pairs."""
+    axes = figure.add_subplot()
+    for i, row in enumerate(rows):
+        axes.plot(PAIRS, [row[f"{pairs} pairs"] for pairs in PAIRS], **line(i), label=row["model"])
+    axes.axhline(1 / VALUES, color="grey", linestyle=":", label="chance")
+    axes.axvline(TRAINED_UP_TO, color="grey", linewidth=0.8)
+    axes.set(xlabel="pairs to remember", ylabel="answers that are right", xscale="log", ylim=(-0.03, 1.05))
+    axes.set_xticks(PAIRS, [str(pairs) for pairs in PAIRS])
+    axes.minorticks_off()
+    axes.legend()
 
 
 ABOUT = {

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tasks import Recipe, Report, arguments, build_tagger, count_parameters, train
+from tasks import Recipe, Report, arguments, build_tagger, count_parameters, line, train
 from torch import Tensor, nn
 
 TRAINED_UP_TO = 40
@@ -123,20 +123,24 @@ def main() -> None:
     for name, kind in itertools.product(options.tasks, options.models or MODELS):
         report.add(task=name, **measure(kind, TASKS[name], options.seed, options.steps))
 
-    def plot(figure: Any) -> None:
-        for i, name in enumerate(options.tasks):
-            axes = figure.add_subplot(1, len(options.tasks), i + 1)
-            for row in (row for row in report.rows if row["task"] == name):
-                axes.plot(LENGTHS, [row[str(length)] for length in LENGTHS], marker="o", label=row["model"])
-            axes.axhline(1 / len(TASKS[name].moves), color="grey", linestyle=":", label="chance")
-            axes.axvline(TRAINED_UP_TO, color="grey", linewidth=0.8)
-            axes.set(title=name, xlabel="length of the word", xscale="log", ylim=(-0.03, 1.05))
-            axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
-            axes.minorticks_off()
-        figure.axes[0].set_ylabel("accuracy of the last state")
-        figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    report.write(lambda figure: draw(figure, report.rows), (3.2 * len(options.tasks) + 1.5, 3.4))
 
-    report.write(plot, (3.2 * len(options.tasks) + 1.5, 3.4))
+
+def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
+    """Accuracy over length, one panel for each task."""
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(1, len(names), i + 1)
+        for j, row in enumerate(row for row in rows if row["task"] == name):
+            accuracies = [row[str(length)] for length in LENGTHS]
+            axes.plot(LENGTHS, accuracies, **line(j), label=row["model"])
+        axes.axhline(1 / len(TASKS[name].moves), color="grey", linestyle=":", label="chance")
+        axes.axvline(TRAINED_UP_TO, color="grey", linewidth=0.8)
+        axes.set(title=name, xlabel="length of the word", xscale="log", ylim=(-0.03, 1.05))
+        axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
+        axes.minorticks_off()
+    figure.axes[0].set_ylabel("accuracy of the last state")
+    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 ABOUT = {
