@@ -88,7 +88,7 @@ def measure(kind: str, seed: int, steps: int | None = None) -> dict[str, Any]:
     with torch.no_grad():
         accuracy = (model(held_out).argmax(1) == classes).double().mean().item()
         fitted = (model(x).argmax(1) == y).double().mean().item()
-    row = {"model": kind, "parameters": count_parameters(model), "seconds": seconds}
+    row = {"model": kind, "parameters": count_parameters(model), "CPU seconds": seconds}
     return {**row, "trained on": fitted, "held out": accuracy}
 
 

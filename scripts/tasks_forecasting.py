@@ -83,7 +83,7 @@ def windows(x: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit(model: nn.Module, values: Tensor, observed: Tensor, recipe: Recipe) -> float:
-    """Train on windows that end before the months judged; returns seconds."""
+    """Train on windows that end before the months judged; returns CPU seconds."""
     generator = torch.Generator().manual_seed(recipe.seed)
     last = len(values) - JUDGED - CONTEXT - HORIZON
 
@@ -120,7 +120,7 @@ def measure(kind: str, name: str, seed: int, steps: int | None = None) -> tuple[
     model = build(kind, seed)
     seconds = fit(model, values, observed, recipe)
     measured, forecast = judge(model, values, observed)
-    row = {"series": name, "model": kind, "parameters": count_parameters(model), "seconds": seconds}
+    row = {"series": name, "model": kind, "parameters": count_parameters(model), "CPU seconds": seconds}
     return {**row, **measured}, forecast
 
 

@@ -43,7 +43,7 @@ def build(kind: str, seed: int) -> nn.Module:
 
 
 def fit(model: nn.Module, recipe: Recipe) -> float:
-    """Train on 1 to 16 pairs; returns seconds."""
+    """Train on 1 to 16 pairs; returns CPU seconds."""
     generator = torch.Generator().manual_seed(recipe.seed)
 
     def loss_of_step(model: nn.Module, step: int) -> Tensor:
@@ -69,7 +69,7 @@ def measure(kind: str, seed: int, steps: int | None = None) -> dict[str, Any]:
     model = build(kind, seed)
     seconds = fit(model, recipe)
     accuracies = {f"{pairs} pairs": accuracy(model, pairs) for pairs in PAIRS}
-    return {"model": kind, "parameters": count_parameters(model), "seconds": seconds, **accuracies}
+    return {"model": kind, "parameters": count_parameters(model), "CPU seconds": seconds, **accuracies}
 
 
 def main() -> None:

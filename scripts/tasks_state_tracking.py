@@ -88,7 +88,7 @@ def build(kind: str, task: Task, seed: int) -> nn.Module:
 
 
 def fit(model: nn.Module, task: Task, recipe: Recipe) -> float:
-    """Train on words of 3 to 40 tokens; returns seconds."""
+    """Train on words of 3 to 40 tokens; returns CPU seconds."""
     generator = torch.Generator().manual_seed(recipe.seed)
 
     def loss_of_step(model: nn.Module, step: int) -> Tensor:
@@ -114,7 +114,7 @@ def measure(kind: str, task: Task, seed: int, steps: int | None = None) -> dict[
     model = build(kind, task, seed)
     seconds = fit(model, task, recipe)
     accuracies = {str(length): accuracy(model, task, length) for length in LENGTHS}
-    return {"model": kind, "parameters": count_parameters(model), "seconds": seconds, **accuracies}
+    return {"model": kind, "parameters": count_parameters(model), "CPU seconds": seconds, **accuracies}
 
 
 def main() -> None:
