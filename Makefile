@@ -1,5 +1,5 @@
 # Every target runs in the environment that is active; CONTRIBUTING.md says how to make one.
-.PHONY: check fix test test-gpu test-remote bench
+.PHONY: check fix test test-claims test-gpu test-remote bench
 
 check: ## lint, format and types; edits nothing
 	ruff check --no-fix
@@ -12,6 +12,9 @@ fix: ## what ruff can mend by itself
 
 test: ## everything this machine can run
 	pytest
+
+test-claims: ## models trained for minutes: what docs/tasks.md says; needs the extra `tasks`
+	pytest -m claim
 
 test-gpu: ## only what needs a CUDA device
 	pytest -m gpu

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from inputs import STYLES, tiny_config
-from tolerances import assert_drawn_with, assert_identical, assert_same
+from tolerances import FLOAT32, assert_drawn_with, assert_identical, assert_same
 from torch import Tensor
+from transformers import AutoModelForTimeSeriesPrediction, Trainer, TrainingArguments
 
 from modeling_xlstm import XLSTMForForecasting
 
@@ -170,3 +172,20 @@ def test_no_sample_and_no_length_are_named() -> None:
         forecaster().generate(series(), num_samples=0)
     with pytest.raises(ValueError, match="needs `input_size` and `prediction_length`"):
         XLSTMForForecasting(tiny_config(input_size=2))
+
+
+def test_the_trainer_trains_and_evaluates_it_and_a_checkpoint_forecasts_the_same(tmp_path: Path) -> None:
+    rows = [{"past_values": torch.randn(6), "future_values": torch.randn(4)} for _ in range(4)]
+    quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, label_names=["future_values"], **quiet)
+    model = forecaster().float()
+    before = model.head.weight.clone()
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    assert not torch.equal(model.head.weight, before)
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    assert_same(trainer.evaluate()["eval_loss"], model.eval()(**batch).loss.item(), FLOAT32)
+    trainer.save_model(str(tmp_path / "saved"))
+    again = AutoModelForTimeSeriesPrediction.from_pretrained(tmp_path / "saved")
+    past = batch["past_values"]
+    assert_identical(again(past).predictions, model(past).predictions)

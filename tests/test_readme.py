@@ -81,9 +81,10 @@ def test_the_map_in_the_readme_is_the_tree() -> None:
     assert not faults, "\n".join(faults)
 
 
-def test_the_python_in_the_readme_runs_offline(tmp_path: Path) -> None:
-    snippets = [code for language, code in FENCE.findall(readme()) if language == "python"]
-    assert snippets, "README.md shows no python"
+@pytest.mark.parametrize("page", ["README.md", "docs/cells.md", "docs/sequences.md"])
+def test_the_python_on_a_page_runs_offline(page: str, tmp_path: Path) -> None:
+    snippets = [code for language, code in FENCE.findall((ROOT / page).read_text("utf-8")) if language == "python"]
+    assert snippets, f"{page} shows no python"
     done = run_snippets(snippets, tmp_path)
     assert done.returncode == 0, done.stderr
 

@@ -31,6 +31,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTimeSeriesPrediction,
     AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedTokenizerFast,
@@ -41,6 +42,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from modeling_xlstm import (
     XLSTMConfig,
     XLSTMForCausalLM,
+    XLSTMForForecasting,
     XLSTMForSequenceClassification,
     XLSTMForTokenClassification,
     XLSTMModel,
@@ -109,6 +111,9 @@ def results(model: Any) -> dict[str, Any]:
     import torch
 
     model = model.eval()
+    if model.main_input_name == "past_values":
+        with torch.no_grad():
+            return {"first": model(torch.linspace(0, 3, 12).sin().view(2, 6)).predictions.contiguous()}
     ids = torch.tensor([[3, 14, 15, 9, 26, 5], [0, 0, 35, 8, 9, 7]])
     mask = (ids != 0).long()
     with torch.no_grad():
@@ -166,6 +171,7 @@ def load_each_class(folder: Any) -> dict[str, str]:
         ("lm", "AutoModelForCausalLM"),
         ("rows", "AutoModelForSequenceClassification"),
         ("tokens", "AutoModelForTokenClassification"),
+        ("series", "AutoModelForTimeSeriesPrediction"),
         ("sharded", "AutoModelForCausalLM"),
     ):
         auto_class = getattr(transformers, auto)
@@ -312,6 +318,7 @@ def make_checkpoints(folder: Path) -> dict[str, Any]:
         "base": tiny_model(XLSTMModel, "large").float(),
         "rows": tiny_model(XLSTMForSequenceClassification, "residual", num_labels=3).float(),
         "tokens": tiny_model(XLSTMForTokenClassification, "large", num_labels=3).float(),
+        "series": tiny_model(XLSTMForForecasting, "residual", vocab_size=0, input_size=1, prediction_length=3).float(),
     }
     for name, model in made.items():
         model.save_pretrained(folder / name)
@@ -382,7 +389,7 @@ def test_the_code_that_travels_is_the_closure_of_the_model_file() -> None:
     assert closure | {"modeling_xlstm.py"} == CODE
 
 
-@pytest.mark.parametrize("name", ["lm", "base", "rows", "tokens", "sharded"])
+@pytest.mark.parametrize("name", ["lm", "base", "rows", "tokens", "series", "sharded"])
 def test_a_checkpoint_holds_exactly_that_code_and_names_every_auto_class(remote: Remote, name: str) -> None:
     assert code_of(remote.folder / name) == remote.package
     assert stored_auto_map(remote.folder / name) == AUTO_MAP
@@ -416,10 +423,11 @@ def test_without_trust_it_raises_and_loads_nothing_else(remote: Remote) -> None:
         assert "trust_remote_code=True" in refusal
 
 
-@pytest.mark.parametrize("name", ["lm", "base", "rows", "tokens", "sharded"])
+@pytest.mark.parametrize("name", ["lm", "base", "rows", "tokens", "series", "sharded"])
 def test_every_auto_class_computes_the_same_to_the_last_bit(remote: Remote, name: str) -> None:
     """Logits or hidden states; for language models also greedy search, beam search and a cache that is given."""
     classes = {"base": "XLSTMModel", "rows": "XLSTMForSequenceClassification", "tokens": "XLSTMForTokenClassification"}
+    classes["series"] = "XLSTMForForecasting"
     loaded = remote.value(load_each_class)
     assert loaded["config"].startswith("transformers_modules.")
     assert loaded[name].startswith("transformers_modules.")
@@ -533,6 +541,7 @@ def test_with_our_package_trust_is_not_needed_and_changes_nothing(remote: Remote
         (AutoModelForCausalLM, "sharded", XLSTMForCausalLM),
         (AutoModelForSequenceClassification, "rows", XLSTMForSequenceClassification),
         (AutoModelForTokenClassification, "tokens", XLSTMForTokenClassification),
+        (AutoModelForTimeSeriesPrediction, "series", XLSTMForForecasting),
     ):
         model = auto_class.from_pretrained(remote.folder / name, **options)
         assert type(model) is model_class
