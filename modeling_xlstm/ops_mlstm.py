@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .ops_common import bind_shapes, choose_backend, mark_tokens
+from .ops_common import bind_shapes, choose_backend, disagreement, mark_tokens, self_check
 from .ops_mlstm_reference import mlstm_chunkwise, mlstm_recurrent
 from .ops_mlstm_torch import mlstm_chunkwise_torch
 from .states_xlstm import MLSTMState
@@ -40,14 +42,15 @@ def mlstm(
         chunk_size: tokens per chunk; changes speed and memory, never the result.
         eps: added to the normaliser, dimensionless; 1e-6 in the published checkpoints.
         input_gate: 'exp' (paper) or 'sigmoid' (bounded by 1; the stabiliser then stays at its start).
-        backend: 'auto', 'torch' or 'reference'.
+        backend: 'auto', 'triton', 'torch' or 'reference'; see docs/kernels.md.
 
     Returns:
         h: cell output, [B, T, H, V], in the dtype of `v`; zero after the real tokens of a row.
         state: state after the last real token, float32 or wider; the one passed in is not modified.
 
     Raises:
-        ValueError: shapes disagree, T is 0, `chunk_size` is below 1, or the backend or gate is unknown.
+        ValueError: shapes disagree, T is 0, `chunk_size` is below 1, the backend or gate is unknown, or the backend
+            asked for cannot run on these tensors.
     """
     given = MLSTMState(None, None, None) if state is None else state  # type: ignore[arg-type]
     size = bind_shapes(
@@ -65,20 +68,52 @@ def mlstm(
         raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
     if input_gate not in ("exp", "sigmoid"):
         raise ValueError(f"`input_gate` must be 'exp' or 'sigmoid'; got {input_gate!r}.")
-    worker = {"torch": mlstm_chunkwise_torch, "reference": mlstm_chunkwise}[
-        choose_backend(backend, {"torch": True, "reference": True})
-    ]
+    chosen = choose_backend(backend, q, lambda: _triton_obstacle(q, k, v, state))
     if padded is not None:
         # A padded token writes nothing and forgets nothing, so padding cannot reach the state.
         i_tilde = i_tilde.masked_fill(padded[..., None], -torch.inf)
         f_tilde = f_tilde.masked_fill(padded[..., None], torch.inf)
     # Autocast would run the products with the states in half precision.
     with torch.autocast(q.device.type, enabled=False):
-        if size["T"] == 1:
+        if size["T"] == 1 and chosen != "triton":
             h, state = mlstm_recurrent(q, k, v, i_tilde, f_tilde, state, reset=reset, eps=eps, input_gate=input_gate)
         else:
-            h, state = worker(
+            h, state = _worker(chosen)(
                 q, k, v, i_tilde, f_tilde, state, reset=reset, chunk_size=chunk_size, eps=eps, input_gate=input_gate
             )
     h = h.to(v.dtype)
     return h if padded is None else h.masked_fill(padded[..., None, None], 0.0), state
+
+
+def _worker(name: str) -> Callable[..., tuple[Tensor, MLSTMState]]:
+    if name == "triton":
+        # Here, because Triton may be absent and takes a second to import.
+        from .ops_mlstm_triton import mlstm_chunkwise_triton
+
+        return mlstm_chunkwise_triton
+    return {"torch": mlstm_chunkwise_torch, "reference": mlstm_chunkwise}[name]
+
+
+def _triton_obstacle(q: Tensor, k: Tensor, v: Tensor, state: MLSTMState | None) -> str:
+    """What keeps Triton's kernels from this call; empty if nothing does."""
+    from .ops_mlstm_triton import mlstm_sizes_obstacle
+
+    return mlstm_sizes_obstacle(q, k, v, state) or self_check(_compare, v.device, v.dtype)
+
+
+def _compare(device: torch.device, dtype: torch.dtype) -> str:
+    """How the kernels disagree with the reference, for a sequence and for one token; empty if they agree."""
+    random = torch.Generator().manual_seed(0)
+    B, T, H, K, V = 1, 75, 2, 64, 64
+    tokens = [torch.randn(B, T, H, size, generator=random) for size in (K, K, V, 1, 1)]
+    state = [torch.randn(B, H, *size, generator=random) for size in ((K, V), (K,), ())]
+
+    def run(worker: str, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        gates = i.squeeze(-1), f.squeeze(-1) + 2.0
+        options = {"chunk_size": 32, "eps": 1e-6, "input_gate": "exp"}
+        h, after = _worker(worker)(q, k, v, *gates, MLSTMState(*state), **options)
+        return h, *after
+
+    return disagreement(run, [x.to(dtype) for x in (*tokens, *state)], device, True) or disagreement(
+        run, [*(x[:, :1].to(dtype) for x in tokens), *(x.to(dtype) for x in state)], device, False
+    )

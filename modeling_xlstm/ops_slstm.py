@@ -63,7 +63,7 @@ def slstm(
     if input_gate not in ("exp", "sigmoid"):
         raise ValueError(f"`input_gate` must be 'exp' or 'sigmoid'; got {input_gate!r}.")
     worker = {"torch": slstm_recurrent_torch, "reference": slstm_recurrent}[
-        choose_backend(backend, {"torch": True, "reference": True})
+        choose_backend(backend, i_tilde, lambda: "the sLSTM has no kernels")
     ]
     # Autocast would run the recurrent product in half precision.
     with torch.autocast(i_tilde.device.type, enabled=False):

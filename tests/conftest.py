@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import tempfile
@@ -20,6 +21,9 @@ import torch  # noqa: E402
 
 # The tensors of the tests are small: more threads only wait for each other.
 torch.set_num_threads(1)
+# Read when the kernels are imported: without a GPU Triton's interpreter runs them on the CPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class _TorchRandom:
@@ -49,6 +53,14 @@ def gpu() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("waits for a machine with a CUDA device")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def kernel_device() -> torch.device:
+    """Where Triton kernels run: a GPU, or the CPU through Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("waits for a machine that Triton is made for")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
