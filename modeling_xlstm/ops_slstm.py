@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .ops_common import bind_shapes, choose_backend, mark_tokens
+from .ops_common import bind_shapes, choose_backend, disagreement, mark_tokens, self_check
 from .ops_slstm_reference import slstm_recurrent
 from .ops_slstm_torch import slstm_recurrent_torch
 from .states_xlstm import SLSTMState
@@ -38,14 +40,15 @@ def slstm(
         lengths: number of real tokens of each row, [B]; the tokens after them leave the state as it is.
         reset: True at the first token of a new document, [B, T]; the state returns to zeros before that token.
         input_gate: 'exp' (paper) or 'sigmoid'.
-        backend: 'auto', 'torch' or 'reference'.
+        backend: 'auto', 'triton', 'torch' or 'reference'; see docs/kernels.md.
 
     Returns:
         h: cell output, [B, T, H, P], in the dtype of `i_tilde`; zero after the real tokens of a row.
         state: state after the last real token, float32 or wider; the one passed in is not modified.
 
     Raises:
-        ValueError: shapes disagree, T is 0, or the backend or gate is unknown.
+        ValueError: shapes disagree, T is 0, the backend or gate is unknown, or the backend asked for cannot run on
+            these tensors.
     """
     given = SLSTMState(None, None, None, None) if state is None else state  # type: ignore[arg-type]
     size = bind_shapes(
@@ -62,9 +65,7 @@ def slstm(
     padded, reset = mark_tokens(size["T"], size["B"], lengths, reset, i_tilde.device)
     if input_gate not in ("exp", "sigmoid"):
         raise ValueError(f"`input_gate` must be 'exp' or 'sigmoid'; got {input_gate!r}.")
-    worker = {"torch": slstm_recurrent_torch, "reference": slstm_recurrent}[
-        choose_backend(backend, i_tilde, lambda: "the sLSTM has no kernels")
-    ]
+    worker = _worker(choose_backend(backend, i_tilde, lambda: _triton_obstacle(i_tilde, recurrent, state)))
     # Autocast would run the recurrent product in half precision.
     with torch.autocast(i_tilde.device.type, enabled=False):
         h, state = worker(
@@ -72,3 +73,38 @@ def slstm(
         )
     h = h.to(i_tilde.dtype)
     return h if padded is None else h.masked_fill(padded[..., None, None], 0.0), state
+
+
+def _worker(name: str) -> Callable[..., tuple[Tensor, SLSTMState]]:
+    if name == "triton":
+        # Here, because Triton may be absent and takes a second to import.
+        from .ops_slstm_triton import slstm_recurrent_triton
+
+        return slstm_recurrent_triton
+    return {"torch": slstm_recurrent_torch, "reference": slstm_recurrent}[name]
+
+
+def _triton_obstacle(x: Tensor, recurrent: Tensor, state: SLSTMState | None) -> str:
+    """What keeps Triton's kernels from this call; empty if nothing does."""
+    from .ops_slstm_triton import slstm_sizes_obstacle
+
+    return slstm_sizes_obstacle(x, recurrent, state) or self_check(_compare, x.device, x.dtype)
+
+
+def _compare(device: torch.device, dtype: torch.dtype) -> str:
+    """How the kernels disagree with the reference: heads of one program, of several, one token; empty if they agree."""
+    random = torch.Generator().manual_seed(0)
+
+    def run(worker: str, x: Tensor, R: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        options = {"lengths": None, "reset": None, "input_gate": "exp"}
+        h, after = _worker(worker)(*x.unbind(2), R, SLSTMState(*state), **options)
+        return h, *after
+
+    for T, P, differentiate in ((9, 32, True), (3, 144, True), (1, 32, False)):
+        x = torch.randn(2, T, 4, 1, P, generator=random)
+        R = torch.randn(4, 1, P, P, generator=random) * P**-0.5
+        c, n, m, h = torch.randn(4, 2, 1, P, generator=random)
+        inputs = [y.to(dtype) for y in (x, R, c, 1 + n.abs(), m, h)]
+        if what := disagreement(run, inputs, device, differentiate):
+            return what
+    return ""

@@ -39,7 +39,9 @@ TRAVELLING = {
         2, {STATES, COMMON, "ops_mlstm_triton_fwd", "ops_mlstm_triton_bwd"}, {"torch", "triton"}
     ),
     "ops_mlstm": Module(3, {STATES, COMMON, "ops_mlstm_reference", "ops_mlstm_torch", "ops_mlstm_triton"}, {"torch"}),
-    "ops_slstm": Module(3, {STATES, COMMON, "ops_slstm_reference", "ops_slstm_torch"}, {"torch"}),
+    "ops_slstm_triton_kernels": Module(0, set(), {"triton"}),
+    "ops_slstm_triton": Module(2, {STATES, COMMON, "ops_slstm_triton_kernels"}, {"torch", "triton"}),
+    "ops_slstm": Module(3, {STATES, COMMON, "ops_slstm_reference", "ops_slstm_torch", "ops_slstm_triton"}, {"torch"}),
     "layers_xlstm": Module(4, {CONFIG, STATES, "ops_mlstm", "ops_slstm"}, {"torch", "transformers"}),
     "blocks_xlstm": Module(5, {CONFIG, STATES, "layers_xlstm"}, {"torch", "transformers"}),
     "statefile_xlstm": Module(1, {CONFIG, STATES}, {"torch", "safetensors"}),
