@@ -32,6 +32,7 @@ except ImportError as error:
     raise ImportError("The Triton kernels need the package `triton`; `backend='auto'` does without it.") from error
 
 LARGEST_K, LARGEST_V = 512, 1024
+LARGEST_ROWS = 65_535  # of a grid's second axis
 
 
 def mlstm_sizes_obstacle(q: Tensor, k: Tensor, v: Tensor, state: MLSTMState | None) -> str:
@@ -39,6 +40,8 @@ def mlstm_sizes_obstacle(q: Tensor, k: Tensor, v: Tensor, state: MLSTMState | No
     K, V = q.shape[-1], v.shape[-1]
     if K % 16 or V % 16 or K > LARGEST_K or V > LARGEST_V:
         return f"head dims must be multiples of 16 up to K = {LARGEST_K}, V = {LARGEST_V}; got K = {K}, V = {V}"
+    if q.shape[0] * q.shape[2] > LARGEST_ROWS:
+        return f"batch times heads must be {LARGEST_ROWS} at most; got {q.shape[0]} times {q.shape[2]}"
     wide = {x.dtype for x in (q, k, v, *(state or ()))} - {torch.float32, torch.bfloat16, torch.float16}
     if wide:
         return f"tensors and states must be float32, bfloat16 or float16; got {', '.join(sorted(map(str, wide)))}"
@@ -118,7 +121,8 @@ class _Sizes(NamedTuple):
 
 def _dense(x: Tensor) -> Tensor:
     """x [B, T, H, .] with unit channel stride and rows right behind one another, copied only if it must be."""
-    return x if x.stride(3) == 1 and x.stride(0) in (0, x.shape[1] * x.stride(1)) else x.contiguous()
+    rows = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if rows and x.stride(3) == 1 else x.contiguous()
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:

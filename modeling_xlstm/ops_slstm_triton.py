@@ -70,7 +70,8 @@ class _Sizes(NamedTuple):
             "PRECISION": "tf32" if x.dtype == torch.float16 else "ieee" if torch.version.hip else "tf32x3",
         }
         if whole:
-            options |= {"BP": triton.next_power_of_2(P), "num_warps": 8 if P > 64 else 4}
+            # One stage: what tokens are read ahead must not take the weights' place.
+            options |= {"BP": triton.next_power_of_2(P), "num_stages": 1, "num_warps": 8 if P > 64 or not half else 4}
         else:
             options |= {"BP": min(triton.next_power_of_2(P), 64), "BU": min(triton.next_power_of_2(P), 32)}
         return cls(B, T, H, P, whole, options)

@@ -119,13 +119,16 @@ def test_the_state_passed_in_is_not_modified(kernel_device: torch.device) -> Non
 
 
 def test_inputs_are_read_where_projections_leave_them(kernel_device: torch.device) -> None:
-    """Slices of one projection, and tensors with heads before tokens."""
+    """Slices of one projection, tensors with heads before tokens, and rows that are one row in memory."""
     q, k, v, *gates = (x.detach() for x in narrow(mlstm_inputs(9, 2, 2, 16, 16), kernel_device))
     expected = mlstm(q, k, v, *gates, backend="triton")
     slices = torch.cat([x.flatten(2) for x in (q, k, v)], -1).chunk(3, -1)
     assert_identical(mlstm(*(x.unflatten(-1, (2, 16)) for x in slices), *gates, backend="triton"), expected)
     moved = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     assert_identical(mlstm(*moved, *gates, backend="triton"), expected)
+    rows = [x[:1].expand(2, *x.shape[1:]) for x in (q, k, v, *gates)]
+    h, _ = mlstm(*rows, backend="triton")
+    assert_identical(h[1], expected[0][0])
 
 
 @pytest.mark.parametrize(
