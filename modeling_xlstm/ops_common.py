@@ -86,7 +86,8 @@ def choose_backend(backend: str, x: Tensor, triton_obstacle: Callable[[], str]) 
     """
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {list(BACKENDS)}; got {backend!r}.")
-    if backend == "triton" or (backend == "auto" and x.is_cuda):
+    # No AMD device has seen these kernels, not even a compiler for one: they are there for who asks by name.
+    if backend == "triton" or (backend == "auto" and x.is_cuda and torch.version.hip is None):
         obstacle = _machine_obstacle(x.device) or triton_obstacle()
         if not obstacle:
             return "triton"
@@ -98,16 +99,28 @@ def choose_backend(backend: str, x: Tensor, triton_obstacle: Callable[[], str]) 
 
 def _machine_obstacle(device: torch.device) -> str:
     """What keeps any Triton kernel from running on a device; empty if nothing does."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "tensors on the CPU need TRITON_INTERPRET=1 in the environment of the process"
+    return _device_obstacle(device)
+
+
+@functools.cache
+def _device_obstacle(device: torch.device) -> str:
     if importlib.util.find_spec("triton") is None:
         return "the package `triton` is not installed"
-    if device.type == "cpu":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return "" if interpreted else "tensors on the CPU need TRITON_INTERPRET=1 in the environment of the process"
-    if device.type != "cuda":
+    if device.type not in ("cuda", "cpu"):
         return f"there are no Triton kernels for a device of type {device.type!r}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return ""
+
+
+@functools.cache
+def is_small(device: torch.device) -> bool:
+    """Whether a block has less shared memory than on the data centre's GPUs, such as 99 KB on consumers' ones."""
+    if device.type != "cuda":
+        return False
+    return bool(torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 160 * 1024)
 
 
 @functools.cache

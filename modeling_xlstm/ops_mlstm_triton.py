@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .ops_common import is_small
 from .ops_mlstm_triton_bwd import (
     _mlstm_chunkwise_bwd_dk_kernel,
     _mlstm_chunkwise_bwd_dq_kernel,
@@ -89,6 +90,7 @@ class _Sizes(NamedTuple):
             "RESET": document is not None,
             # float16 products overflow: its numbers are exact in TensorFloat-32, whose range is that of float32.
             "DOT": tl.bfloat16 if half else tl.float32,
+            "num_stages": 3 if half and not is_small(v.device) else 2,
             "PRECISION": "tf32" if v.dtype == torch.float16 else "ieee" if torch.version.hip else "tf32x3",
         }
         return cls(B, T, H, K, V, math.ceil(T / L), L, BT, wide, narrow, options)
@@ -96,8 +98,7 @@ class _Sizes(NamedTuple):
     def blocks(self, k: int, v: int) -> dict[str, Any]:
         """Options of a kernel with products whose tiles have up to so many channels of keys and values."""
         BK, BV = min(triton.next_power_of_2(self.K), k), min(triton.next_power_of_2(self.V), v)
-        shape = {"num_warps": 8 if max(BK, BV) > 64 else 4, "num_stages": 2 if self.options["DOT"] == tl.float32 else 3}
-        return {**self.options, "BK": BK, "BV": BV, **shape}
+        return {**self.options, "BK": BK, "BV": BV, "num_warps": 8 if max(BK, BV) > 64 else 4}
 
     @property
     def wide_k(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .ops_common import is_small
 from .ops_slstm_triton_kernels import (
     _slstm_recurrent_bwd_kernel,
     _slstm_recurrent_bwd_step_kernel,
@@ -57,7 +58,8 @@ class _Sizes(NamedTuple):
         """The sizes of a call; nothing that is compiled depends on B or T."""
         B, T, H, P = x.shape
         half = x.dtype == R.dtype == torch.bfloat16
-        whole = T > 1 and (128 if half else 64) >= P
+        widest = 64 if is_small(x.device) else 128
+        whole = T > 1 and P * (1 if half else 2) <= widest
         options: dict[str, Any] = {
             "H": H,
             "P": P,
