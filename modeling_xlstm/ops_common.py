@@ -157,7 +157,8 @@ def is_small(device: torch.device) -> bool:
     """Whether a block has less shared memory than on the data centre's GPUs, such as 99 KB on consumers' ones."""
     if device.type != "cuda":
         return False
-    return bool(torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 160 * 1024)
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block) < 160 * 1024
 
 
 @functools.cache

@@ -17,6 +17,7 @@ states and every gradient); if one errs more nothing is timed and the script exi
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -186,9 +187,9 @@ def time_mlstm(bench: Bench, B: int, H: int, T: int, K: int, V: int) -> Result:
         return lambda: torch.autograd.grad(run(), xs, dy)
 
     for chunk_size in (64, 128, 256) if bench.cuda else (16,):
-        found[f"forward ms, chunk {chunk_size}"] = bench.timed(lambda L=chunk_size: forward(L))
-        run = both(lambda L=chunk_size: forward(L), [q, k, v, i, f], dh)
-        found[f"forward+backward ms, chunk {chunk_size}"] = bench.timed(run)
+        run = functools.partial(forward, chunk_size)
+        found[f"forward ms, chunk {chunk_size}"] = bench.timed(run)
+        found[f"forward+backward ms, chunk {chunk_size}"] = bench.timed(both(run, [q, k, v, i, f], dh))
     L, n = 256, B * H * T
     work = 4 * n * K * V + n * (L + 64) * (K + V)
     traffic = 2 * (2 * n * (K + V) + 2 * B * H * (T // L) * K * V)
@@ -222,8 +223,8 @@ def time_peers(bench: Bench, inputs: tuple[Tensor, ...], both: Callable[..., Run
         found["simple_gla"] = str(error)
     if bench.cuda:
         D, head = q.shape[2] * v.shape[3], 128
-        qkv = [bench.draw(q.shape[0], D // head, q.shape[1], head) for _ in range(3)]
-        attend = lambda: F.scaled_dot_product_attention(*qkv, is_causal=True)  # noqa: E731
+        qkv: Any = [bench.draw(q.shape[0], D // head, q.shape[1], head) for _ in range(3)]
+        attend = lambda: F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)  # noqa: E731
         found["attention forward ms"] = bench.timed(attend)
         found["attention forward+backward ms"] = bench.timed(both(attend, qkv, torch.ones_like(qkv[0])))
     return found
@@ -232,10 +233,11 @@ def time_peers(bench: Bench, inputs: tuple[Tensor, ...], both: Callable[..., Run
 def time_step(bench: Bench, B: int) -> Result:
     """One token of the 7B model's mLSTM, launched from Python and replayed from a CUDA graph."""
     H, K, V = (8, 256, 512) if bench.cuda else (1, 16, 16)
-    xs = [bench.draw(B, 1, H, size, grad=False) for size in (K, K, V)]
+    xs: Any = [bench.draw(B, 1, H, size, grad=False) for size in (K, K, V)]
     xs += [bench.draw(B, 1, H, dtype=torch.float32, grad=False) for _ in range(2)]
     state = MLSTMState(*(torch.zeros(s, device=bench.device) for s in ((B, H, K, V), (B, H, K), (B, H))))
-    run = lambda: mlstm(*xs, state, backend="triton")  # noqa: E731
+    op: Any = mlstm
+    run = lambda: op(*xs, state, backend="triton")  # noqa: E731
     found: Result = {"B": B, "ms": bench.timed(run)}
     found["floor ms on an H200"] = round(1e3 * 8 * B * H * K * (V + 1) / BANDWIDTH, 4)
     if bench.cuda:
@@ -247,10 +249,11 @@ def time_step(bench: Bench, B: int) -> Result:
 
 
 def time_slstm(bench: Bench, B: int, H: int, T: int, P: int) -> Result:
-    gates = [bench.draw(B, T, H, P) for _ in range(4)]
+    gates: Any = [bench.draw(B, T, H, P) for _ in range(4)]
     R = bench.draw(4, H, P, P, scale=P**-0.5)
     dh = bench.draw(B, T, H, P, grad=False)
-    run = lambda: slstm(*gates, R, backend="triton")[0]  # noqa: E731
+    op: Any = slstm
+    run = lambda: op(*gates, R, backend="triton")[0]  # noqa: E731
     found: Result = {"B": B, "H": H, "T": T, "P": P}
     times = {"forward": bench.timed(run)}
     times["forward+backward"] = bench.timed(lambda: torch.autograd.grad(run(), [*gates, R], dh))
@@ -331,7 +334,7 @@ def guarded(name: str, run: Run) -> Any:
 def described(bench: Bench) -> Result:
     """Machine and versions."""
     packages = ("torch", "triton", "transformers", "mlstm_kernels", "flash-linear-attention")
-    versions = {}
+    versions: Result = {}
     for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -95,9 +95,10 @@ def meta(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
 
 def call_mlstm(T: int, K: int, V: int, dtype: torch.dtype, reset: bool, chunk_size: int, input_gate: str) -> None:
     B, H = 2, 8
-    xs = [meta(B, T, H, size, dtype=dtype) for size in (K, K, V)] + [meta(B, T, H) for _ in range(2)]
-    xs = [x.requires_grad_(T > 1) for x in xs]
-    h, state = ops_mlstm_triton.mlstm_chunkwise_triton(
+    tokens = [meta(B, T, H, size, dtype=dtype) for size in (K, K, V)] + [meta(B, T, H) for _ in range(2)]
+    xs: Any = [x.requires_grad_(T > 1) for x in tokens]
+    worker: Any = ops_mlstm_triton.mlstm_chunkwise_triton
+    h, state = worker(
         *xs, None, reset=meta(B, T, dtype=torch.bool) if reset else None, chunk_size=chunk_size, eps=1e-6,
         input_gate=input_gate,
     )  # fmt: skip
@@ -107,8 +108,9 @@ def call_mlstm(T: int, K: int, V: int, dtype: torch.dtype, reset: bool, chunk_si
 
 def call_slstm(T: int, P: int, dtype: torch.dtype, reset: bool, padded: bool, input_gate: str) -> None:
     B, H = 16, 4
-    xs = [meta(B, T, H, P, dtype=dtype).requires_grad_(T > 1) for _ in range(4)]
-    h, state = ops_slstm_triton.slstm_recurrent_triton(
+    xs: Any = [meta(B, T, H, P, dtype=dtype).requires_grad_(T > 1) for _ in range(4)]
+    worker: Any = ops_slstm_triton.slstm_recurrent_triton
+    h, state = worker(
         *xs, meta(4, H, P, P, dtype=dtype), None, lengths=meta(B, dtype=torch.int32) if padded else None,
         reset=meta(B, T, dtype=torch.bool) if reset else None, input_gate=input_gate,
     )  # fmt: skip
@@ -220,7 +222,7 @@ def main() -> None:
     rows, wrong = [], []
     for worker in (ops_mlstm_triton, ops_slstm_triton):
         # What the workers ask the device when there is one.
-        worker.is_small = lambda _: SHARED_LIMIT[arguments.arch] < 160 * 1024
+        vars(worker)["is_small"] = lambda _: SHARED_LIMIT[arguments.arch] < 160 * 1024
     work = [(s, launch) for s in (MAIN if arguments.shapes == "main" else ALL) for launch in launches_of(s)]
     for shape, launch in tqdm(work, desc="Kernels"):
         resources = compiled(launch, arguments.arch)
