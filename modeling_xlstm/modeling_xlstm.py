@@ -208,12 +208,15 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: XLSTMCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and the loss if labels are given.
@@ -227,6 +230,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             output: with `loss`, `logits` [B, T or fewer, vocab_size], `past_key_values` and `hidden_states`.
         """
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
+        # Named in the signature, or Trainer would drop these columns of a data set and let documents leak.
+        packing = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "position_ids": position_ids}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -234,13 +239,13 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            **packing,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = soft_cap(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.output_logit_soft_cap)
         loss = None
         if labels is not None:
-            packing = {name: kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "position_ids")}
             if "shift_labels" not in loss_kwargs:
                 loss_kwargs["shift_labels"] = self._next_real_tokens(labels, attention_mask, packing)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)

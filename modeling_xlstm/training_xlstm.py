@@ -20,7 +20,6 @@ from .cache_xlstm import XLSTMCache
 from .configuration_xlstm import XLSTMConfig
 
 IGNORED = -100  # the label that counts in no loss
-PACKING = ("seq_idx", "cu_seq_lens_q", "position_ids", "shift_labels")
 
 
 class Segments(Dataset[dict[str, Tensor]]):
@@ -136,11 +135,11 @@ class XLSTMTrainer(Trainer):
         return decayed_parameters(model)
 
     def _set_signature_columns_if_needed(self) -> None:
-        # Trainer drops the columns that forward does not name, and these are not named but passed on.
+        # Trainer drops the columns that forward does not name, and this one is not named but passed on.
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             columns: Any = self._signature_columns
-            self._signature_columns = [*columns, *PACKING]  # type: ignore[assignment]
+            self._signature_columns = [*columns, "shift_labels"]  # type: ignore[assignment]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

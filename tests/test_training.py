@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from inputs import STYLES, tiny_config, tiny_model, tokens
 from tolerances import FLOAT32, TRAINED, assert_identical, assert_same
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from modeling_xlstm import XLSTMForCausalLM
 from modeling_xlstm.training_xlstm import Segments, XLSTMTrainer, decayed_parameters
@@ -266,3 +266,10 @@ def test_columns_that_describe_packing_reach_the_model(tmp_path: Path) -> None:
     model = tiny_model(XLSTMForCausalLM)
     run = XLSTMTrainer(model, arguments, train_dataset=rows, eval_dataset=rows)
     assert_same(run.evaluate()["eval_loss"], model(ids, labels=ids, seq_idx=document[None]).loss.item(), FLOAT32)
+
+
+def test_a_plain_trainer_keeps_the_columns_that_describe_packing(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    plain = Trainer(tiny_model(XLSTMForCausalLM), args=arguments)
+    plain._set_signature_columns_if_needed()
+    assert {"seq_idx", "cu_seq_lens_q", "position_ids"} <= set(plain._signature_columns or ())
