@@ -118,7 +118,7 @@ def _forward(
             *x, R, *state, *marks, h, *saved, *after, size.B, size.T, t, SAVE=save, **size.options
         )
         # The state given is never written to: the two new ones take turns.
-        state, after, other = after, other if t == 0 else state, other
+        state, after = after, other if t == 0 else state
     return h, saved, state
 
 
