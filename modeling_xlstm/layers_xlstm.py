@@ -86,6 +86,9 @@ def norm_offset(config: XLSTMConfig) -> float:
     return 1.0 if config.block_style == "neurips" else 0.0
 
 
+MANY = 2**16  # products from which a batched matrix product is the faster way
+
+
 class HeadwiseLinear(nn.Module):
     """A block-diagonal linear map, one block per head: [..., H * I] -> [..., H * O]."""
 
@@ -95,8 +98,12 @@ class HeadwiseLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(heads * out_size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.unflatten(-1, (self.weight.shape[0], -1))
-        x = torch.einsum("...hi,hoi->...ho", x, self.weight).flatten(-2)
+        heads, _, in_size = self.weight.shape
+        x = x.unflatten(-1, (heads, in_size))
+        if x.numel() < MANY // in_size:
+            x = (x[..., None, :] * self.weight).sum(-1).flatten(-2)
+        else:
+            x = torch.einsum("...hi,hoi->...ho", x, self.weight).flatten(-2)
         return x if self.bias is None else x + self.bias
 
 
@@ -113,6 +120,8 @@ class CausalConv(nn.Module):
         B, T, D = x.shape
         W = self.window
         x = with_past(x, state, W)
+        if T == 1 and reset is None:
+            return F.silu((x * self.weight[:, 0].T).sum(1, keepdim=True) + self.bias)
         document = None if reset is None else F.pad(reset.cumsum(1), (W - 1, 0))[..., None]  # [B, W - 1 + T, 1]
         y = self.bias.expand(B, T, D)
         for tap in range(W):
@@ -149,6 +158,9 @@ def last_inputs(
     if x is None:
         return None
     W = window
+    if lengths is None and reset is None:
+        x = x if x.shape[1] >= W - 1 else with_past(x, state, W)
+        return x[:, 1 - W :].clone()  # a view would keep the whole sequence
     x = with_past(x, state, W)
     if lengths is None:
         lengths = torch.full(x.shape[:1], x.shape[1] - W + 1, device=x.device)
@@ -274,7 +286,8 @@ class MLSTMHeads(nn.Module):
         call: Call,
     ) -> tuple[Tensor, LayerState]:
         heads = (x.unflatten(-1, (self.num_heads, -1)) for x in qkv)
-        capped = (soft_cap(x.float() if x.element_size() < 4 else x, self.gate_soft_cap) for x in gates)
+        joint = torch.cat(gates, -1)
+        capped = soft_cap(joint.float() if joint.element_size() < 4 else joint, self.gate_soft_cap).chunk(2, -1)
         h, state = call.run(run_mlstm, (*heads, *capped, conv_inputs, call.reset), self.options)
         return self.norm(h), state
 

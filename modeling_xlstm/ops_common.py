@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -34,7 +36,7 @@ def bind_shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
                 f"`{name}` must be floating point on {leader[1]} as `{leader[0]}` is; got {tensor.dtype} on "
                 f"{tensor.device}. Use `.to()`, which an XLSTMCache has too."
             )
-        wanted = letters.split()
+        wanted = _letters(letters)
         if tensor.dim() != len(wanted):
             raise ValueError(f"`{name}` must be [{', '.join(wanted)}]; got shape {tuple(tensor.shape)}.")
         for letter, size in zip(wanted, tensor.shape, strict=True):
@@ -74,6 +76,17 @@ def mark_tokens(
         return None, reset
     padded = torch.arange(T, device=device) >= lengths[:, None]
     return padded, None if reset is None else reset & ~padded
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Autocast off: it would run the products with the states in half precision."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
+
+
+@functools.cache
+def _letters(spelling: str) -> tuple[str, ...]:
+    return tuple(spelling.split())
 
 
 def check_gates(input_gate: str) -> None:

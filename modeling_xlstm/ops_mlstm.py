@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .ops_common import bind_shapes, check_gates, choose_backend, mark_tokens
+from .ops_common import bind_shapes, check_gates, choose_backend, mark_tokens, without_autocast
 from .ops_mlstm_reference import mlstm_chunkwise, mlstm_recurrent
-from .ops_mlstm_torch import mlstm_chunkwise_torch
+from .ops_mlstm_torch import mlstm_chunkwise_torch, mlstm_step_torch
 from .states_xlstm import MLSTMState
 
 
@@ -70,20 +72,18 @@ def mlstm(
         raise ValueError(
             "`reset` needs a forget gate of at most 1; got input_gate='exp_both'. Run documents one by one."
         )
-    worker = {"torch": mlstm_chunkwise_torch, "reference": mlstm_chunkwise}[
-        choose_backend(backend, {"torch": True, "reference": True})
-    ]
+    chosen = choose_backend(backend, {"torch": True, "reference": True})
     if padded is not None:
         # A padded token writes nothing and forgets nothing, so padding cannot reach the state.
         i_tilde = i_tilde.masked_fill(padded[..., None], -torch.inf)
         f_tilde = f_tilde.masked_fill(padded[..., None], 0.0 if input_gate == "exp_both" else torch.inf)
-    # Autocast would run the products with the states in half precision.
-    with torch.autocast(q.device.type, enabled=False):
+    options: dict[str, Any] = {"reset": reset, "eps": eps, "input_gate": input_gate}
+    with without_autocast(q.device):
         if size["T"] == 1:
-            h, state = mlstm_recurrent(q, k, v, i_tilde, f_tilde, state, reset=reset, eps=eps, input_gate=input_gate)
+            step = mlstm_step_torch if chosen == "torch" else mlstm_recurrent
+            h, state = step(q, k, v, i_tilde, f_tilde, state, **options)
         else:
-            h, state = worker(
-                q, k, v, i_tilde, f_tilde, state, reset=reset, chunk_size=chunk_size, eps=eps, input_gate=input_gate
-            )
+            worker = mlstm_chunkwise_torch if chosen == "torch" else mlstm_chunkwise
+            h, state = worker(q, k, v, i_tilde, f_tilde, state, chunk_size=chunk_size, **options)
     h = h.to(v.dtype)
     return h if padded is None else h.masked_fill(padded[..., None, None], 0.0), state

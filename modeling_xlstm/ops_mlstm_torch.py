@@ -1,16 +1,18 @@
 """The mLSTM over a sequence in PyTorch, chunkwise, with a backward pass written by hand for the matrix products.
 
-The gates are small ([B, H, T]): autograd differentiates them, stabiliser and all, so the gradients are exact for every
-gate, reset and epsilon. The products are large: `_Chunks` runs all chunks of a sequence together, keeps only its inputs
-and the state before each chunk, and computes the rest again in its backward pass.
+The gates are small ([B, T, H]): autograd differentiates them, stabiliser and all, so the gradients are exact for every
+gate, reset and epsilon. The products are large: `_Chunks` takes many chunks together, keeps only its inputs and the
+state before each chunk, and computes the rest again in its backward pass.
 
-Letters: N chunks of L tokens; everything is [B, H, N, L, .] here. `a` is a token's log input gate relative to the decay
-b up to it, `M` the stabiliser relative to b.
+Letters: N chunks of L tokens, of which a block holds G. Gates are [H, B, N, L] here. `a` is a token's log input gate
+relative to the decay b up to it, `M` the stabiliser relative to b.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +28,11 @@ class _Weights(NamedTuple):
     """The gates as the products need them.
 
     Attributes:
-        a: log weight of token s before stabilisation, [B, H, N, L].
-        M: stabiliser of token t; exp(a_s - M_t) weighs s at t, [B, H, N, L].
-        carry: weight of the state before the chunk at each token, [B, H, N, L].
-        write: weight of each token in the state after the chunk, [B, H, N, L].
-        floor: lower bound of the normaliser, exp(-m), [B, H, N, L].
+        a: log weight of token s before stabilisation, [H, B, N, L].
+        M: stabiliser of token t; exp(a_s - M_t) weighs s at t, [H, B, N, L].
+        carry: weight of the state before the chunk at each token, [H, B, N, L].
+        write: weight of each token in the state after the chunk, [H, B, N, L].
+        floor: lower bound of the normaliser, exp(-m), [H, B, N, L].
     """
 
     a: Tensor
@@ -40,18 +42,17 @@ class _Weights(NamedTuple):
     floor: Tensor
 
 
-def _weigh(x: Tensor, seen: Tensor | None = None) -> Tensor:
-    """exp(x) where `seen`, else 0, and 0 below e^-60, which is less than rounding beside the weights that count.
+def _weigh(x: Tensor) -> Tensor:
+    """exp(x), but 0 below e^-60, which is less than rounding beside the weights that count.
 
     Products of numbers that are too small to be normal take a hundred times as long, and so does exp of infinities.
     """
-    counts = x > -60.0
-    highest = math.log(torch.finfo(x.dtype).max) - 3  # of what is not seen
-    return torch.where(counts if seen is None else counts.logical_and_(seen), x.clamp(-60.0, highest).exp(), 0.0)
+    highest = math.log(torch.finfo(x.dtype).max) - 3  # only what is masked afterwards may be above
+    return F.threshold(x.clamp(-60.0, highest).exp(), math.exp(-59.9), 0.0)
 
 
 def _visible(document: Tensor | None, L: int, device: torch.device) -> Tensor:
-    """Which tokens s (last dim) a token t sees: [L, L], or [B, 1, N, L, L] with documents."""
+    """Which tokens s (last dim) a token t sees: [L, L], or [1, B, N, L, L] with documents."""
     seen = torch.ones(L, L, dtype=torch.bool, device=device).tril()
     return seen if document is None else seen & (document[..., :, None] == document[..., None, :])
 
@@ -59,9 +60,9 @@ def _visible(document: Tensor | None, L: int, device: torch.device) -> Tensor:
 def _weigh_tokens(
     log_i: Tensor, log_f: Tensor, m: Tensor, document: Tensor | None, sigmoid_gate: bool
 ) -> tuple[_Weights, Tensor]:
-    """Turn log gates [B, H, N, L] and the first stabiliser [B, H] into weights, and return the last stabiliser.
+    """Turn log gates [H, B, N, L] and the first stabiliser [H, B] into weights, and return the last stabiliser.
 
-    `document` counts the resets since the start of each chunk, [B, 1, N, L]; tokens of the same one see each other.
+    `document` counts the resets since the start of each chunk, [1, B, N, L]; tokens of the same one see each other.
     """
     L = log_i.shape[-1]
     b = log_f.cumsum(-1)
@@ -82,15 +83,18 @@ def _weigh_tokens(
     late = a - M[..., -1:]
     if document is not None:
         late = late.masked_fill(document != document[..., -1:], -torch.inf)
-    # A very negative m would make exp(-m) infinite, and the gradient of h = x / infinity is 0 * infinity.
-    floor = torch.exp((-b - M).clamp(max=math.log(torch.finfo(b.dtype).max) - 3))
-    return _Weights(a, M, _weigh(start - base - M) * reached, _weigh(late), floor), m
+    return _Weights(a, M, _weigh(start - base - M) * reached, _weigh(late), _floor(b + M)), m
+
+
+def _floor(m: Tensor) -> Tensor:
+    """exp(-m), bounded: of a very negative m it would be infinite, and the gradient of x / infinity 0 * infinity."""
+    return torch.exp((-m).clamp(max=math.log(torch.finfo(m.dtype).max) - 3))
 
 
 def _stabilisers(
     m: Tensor, own: Tensor, decay: Tensor, cut: Tensor | None, sigmoid_gate: bool
 ) -> tuple[Tensor, Tensor]:
-    """The stabilisers before each chunk, [B, H, N], and after the last: m = max(own, m + decay) from chunk to chunk.
+    """The stabilisers before each chunk, [H, B, N], and after the last: m = max(own, m + decay) from chunk to chunk.
 
     `own` is the highest log weight of a chunk's own tokens at its end, `decay` the log weight of what was before it,
     `cut` 0 where a document that began in the chunk cut that off, so that m starts from 0 there.
@@ -111,114 +115,196 @@ def _stabilisers(
     return torch.stack(before, -1), m
 
 
+BLOCK = 2**21  # numbers of the largest tensor of a block; more would only take memory
+
+
+def _blocks(shape: tuple[int, ...], width: int, reverse: bool = False) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut [H, B, N, L] tokens of a width into heads, rows and chunks; several of the one only with all of the next."""
+    H, B, N, L = shape
+    room = max(1, BLOCK // (L * width))
+    chunks, rows, heads = _cut(N, room), _cut(B, room // N), _cut(H, room // (N * B))
+    yield from itertools.product(heads, rows, chunks[::-1] if reverse else chunks)
+
+
+def _cut(size: int, step: int) -> list[slice]:
+    step = max(1, step)
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _by_chunk(x: Tensor, N: int) -> Tensor:
+    """A view: [B, N * L, H, .] -> [H, B, N, L, .]."""
+    return x.permute(2, 0, 1, 3).unflatten(2, (N, -1))
+
+
 class _Chunks(torch.autograd.Function):
-    """q, k, v [B, H, N, L, .], the token weights and the first C, n to h [B, H, N, L, V] and the last C, n."""
+    """q, k, v [B, N * L, H, .], the token weights and the first C, n to h [B, N * L, H, V] and the last C, n."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, a: Tensor, M: Tensor, carry: Tensor, write: Tensor, floor: Tensor,
         C: Tensor, n: Tensor, seen: Tensor, eps: float,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        kw = k * write[..., None]
-        C_before, C = _scan(kw.mT @ v, carry[..., -1], C)
-        n_before, n = _scan(kw.sum(-2), carry[..., -1], n)
-        D = _weigh(a[..., None, :] - M[..., None], seen)
-        P = (q @ k.mT).mul_(D)
-        qn = P.sum(-1).add_(carry * (q @ n_before[..., None])[..., 0])
-        h = _add_product(torch.matmul(q * carry[..., None], C_before), P, v)
-        normaliser = torch.maximum(qn.abs(), floor).add_(eps)
-        h.div_(normaliser[..., None])
-        ctx.save_for_backward(q, k, v, D, P, carry, write, floor, C_before, n_before, h, qn, normaliser)
+        H, B, N, _ = a.shape
+        h, state = v.new_empty(v.shape), [x.transpose(0, 1).clone() for x in (C, n)]
+        before = [x.new_empty(H, B, N, *x.shape[2:]) for x in state] if any(ctx.needs_input_grad) else []
+        normalisers = [torch.empty_like(a), torch.empty_like(a)]
+        qkv = [_by_chunk(x, N) for x in (q, k, v)]
+        for part in _blocks(a.shape, max(q.shape[-1], v.shape[-1])):
+            weights = _Weights(*(_take(x, part) for x in (a, M, carry, write, floor)))
+            given = [_take(x, part) for x in qkv], weights, _see(seen, part), [x[part[:2]] for x in state]
+            h_block, after, block_before, block_normalisers = _read_and_write(*given, eps)
+            _put(
+                [_by_chunk(h, N), *normalisers, *before],
+                part,
+                [h_block, *block_normalisers, *block_before[: len(before)]],
+            )
+            _put(state, part[:2], after)
+        ctx.save_for_backward(q, k, v, a, M, carry, write, floor, seen, h, *normalisers, *before)
         ctx.set_materialize_grads(False)
-        return h, C, n
+        return h, *(x.transpose(0, 1) for x in state)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, D, P, carry, write, floor, C_before, n_before, h, qn, normaliser = ctx.saved_tensors
+        q, k, v, *weights, seen, h, qn, normaliser, C_before, n_before = ctx.saved_tensors
+        N = C_before.shape[2]
         dh = torch.zeros_like(h) if dh is None else dh
-        dnumerator = dh / normaliser[..., None]
-        dnormaliser = -(dnumerator * h).sum(-1)
-        by_floor = qn.abs() < floor
-        dqn = (dnormaliser * qn.sign()).masked_fill_(by_floor, 0.0)
-        dfloor = dnormaliser.masked_fill_(~by_floor, 0.0)
-
-        # Through the state before each chunk.
-        dq_carried = (dnumerator @ C_before.mT).addcmul_(dqn[..., None], n_before[..., None, :])
-        dcarry = (q * dq_carried).sum(-1)
-        q_carried = q * carry[..., None]
-        keep = carry[..., -1]
-        dC = torch.zeros_like(C_before[:, :, 0]) if dC is None else dC
-        dn = torch.zeros_like(n_before[:, :, 0]) if dn is None else dn
-        dC_after, dC_0 = _scan(q_carried.mT @ dnumerator, keep, dC, reverse=True)
-        dn_after, dn_0 = _scan((q_carried.mT @ dqn[..., None])[..., 0], keep, dn, reverse=True)
-        dcarry[..., -1] += (C_before * dC_after).sum((-2, -1)) + (n_before * dn_after).sum(-1)
-        dk_written = (v @ dC_after.mT).add_(dn_after[..., None, :])
-        dwrite = (k * dk_written).sum(-1)
-
-        # Within each chunk.
-        dv = _add_product((k * write[..., None]) @ dC_after, P.mT, dnumerator)
-        dS = (dnumerator @ v.mT).add_(dqn[..., None]).mul_(D)
-        dq, dk = dS @ k, dS.mT @ q
-        dM, da = -(q * dq).sum(-1), (k * dk).sum(-1)
-        dq.addcmul_(dq_carried, carry[..., None])
-        dk.addcmul_(dk_written, write[..., None])
-        return dq, dk, dv, da, dM, dcarry, dwrite, dfloor, dC_0, dn_0, None, None
+        dstate = [
+            torch.zeros_like(x[:, :, 0]) if dx is None else dx.transpose(0, 1).clone()
+            for dx, x in ((dC, C_before), (dn, n_before))
+        ]
+        dqkv, dweights = [x.new_empty(x.shape) for x in (q, k, v)], [torch.empty_like(x) for x in weights]
+        tokens, gradients = [_by_chunk(x, N) for x in (q, k, v, h, dh)], [_by_chunk(x, N) for x in dqkv]
+        for part in _blocks(qn.shape, max(q.shape[-1], v.shape[-1]), reverse=True):
+            block_weights = _Weights(*(_take(x, part) for x in weights))
+            saved = C_before[part], n_before[part], _take(qn, part), _take(normaliser, part)
+            given = [_take(x, part) for x in tokens], block_weights, _see(seen, part), saved
+            made, before = _differentiate(*given, [x[part[:2]] for x in dstate])
+            _put([*gradients, *dweights], part, made)
+            _put(dstate, part[:2], before)
+        return *dqkv, *dweights, *(x.transpose(0, 1) for x in dstate), None, None
 
 
-def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x + a @ b, in place."""
-    x.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
-    return x
+def _take(x: Tensor, part: tuple[slice, ...]) -> Tensor:
+    """The chunks of a block: [H, B, N, ...] -> [G, ...]."""
+    return x[part].flatten(0, 2).contiguous()
+
+
+def _put(wholes: list[Tensor], part: tuple[slice, ...], values: list[Tensor]) -> None:
+    for whole, value in zip(wholes, values, strict=True):
+        target = whole[part]
+        target.copy_(value.view(target.shape))
+
+
+def _see(seen: Tensor, part: tuple[slice, ...]) -> Tensor:
+    """What the tokens of a block see, [L, L] or [G, L, L]."""
+    if seen.dim() == 2:
+        return seen
+    heads, rows, chunks = part
+    block = seen[:, rows, chunks]
+    return block.expand(len(range(heads.start, heads.stop)), *block.shape[1:]).flatten(0, 2)
+
+
+def _read_and_write(
+    qkv: list[Tensor], w: _Weights, seen: Tensor, state: list[Tensor], eps: float
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """The forward pass of one block: q, k, v [G, L, .] and the C [heads, rows, K, V] and n before it.
+
+    Returns:
+        result: h; C and n after the block; the same before each chunk; qn and normaliser, [G, L].
+    """
+    q, k, v = qkv
+    scale = q.shape[-1] ** -0.5
+    kw = k * (w.write * scale)[..., None]
+    C_before, C = _scan(torch.bmm(kw.mT, v), w.carry[:, -1], state[0])
+    n_before, n = _scan(kw.sum(1), w.carry[:, -1], state[1])
+    P = _scores(q, k, scale).mul_(_weigh(w.a[:, None, :] - w.M[..., None]).mul_(seen))
+    qn = P.sum(-1).addcmul_(w.carry, torch.bmm(q, n_before[..., None])[..., 0])
+    h = torch.bmm(q * w.carry[..., None], C_before).baddbmm_(P, v)
+    normaliser = torch.maximum(qn.abs(), w.floor).add_(eps)
+    return h.div_(normaliser[..., None]), [C, n], [C_before, n_before], [qn, normaliser]
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale * q @ k^T."""
+    return torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=scale)
+
+
+def _differentiate(
+    tokens: list[Tensor], w: _Weights, seen: Tensor, saved: tuple[Tensor, ...], dstate: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The backward pass of one block.
+
+    Args:
+        tokens: q, k, v, h and dh, [G, L, .].
+        w: the weights, [G, L].
+        seen: see `_visible`.
+        saved: C and n before each chunk, [heads, rows, chunks, ...], qn and normaliser, [G, L].
+        dstate: gradients of C and n after the block, [heads, rows, ...].
+
+    Returns:
+        result: gradients of q, k, v and the weights, and of C and n before the block.
+    """
+    q, k, v, h, dh = tokens
+    C, n, qn, normaliser = saved[0].flatten(0, 2), saved[1].flatten(0, 2), *saved[2:]
+    scale, keep = q.shape[-1] ** -0.5, w.carry[:, -1]
+    dnumerator = dh / normaliser[..., None]
+    dnormaliser = (dnumerator * h).sum(-1).neg_()
+    by_floor = qn.abs() < w.floor
+    dqn = (dnormaliser * qn.sign()).masked_fill_(by_floor, 0.0)
+    dfloor = dnormaliser.masked_fill_(~by_floor, 0.0)
+
+    # Through the state before each chunk.
+    dq_carried = torch.bmm(dnumerator, C.mT).addcmul_(dqn[..., None], n[:, None, :])
+    dcarry = (q * dq_carried).sum(-1)
+    q_carried = q * w.carry[..., None]
+    dC_after, dC = _scan(torch.bmm(q_carried.mT, dnumerator), keep, dstate[0], reverse=True)
+    dn_after, dn = _scan(torch.bmm(q_carried.mT, dqn[..., None])[..., 0], keep, dstate[1], reverse=True)
+    dcarry[:, -1] += (C * dC_after).sum((1, 2)) + (n * dn_after).sum(-1)
+    dk_written = torch.bmm(v, dC_after.mT).add_(dn_after[:, None, :])
+    dwrite = (k * dk_written).sum(-1).mul_(scale)
+
+    # Within each chunk.
+    D = _weigh(w.a[:, None, :] - w.M[..., None]).mul_(seen)
+    P = _scores(q, k, scale).mul_(D)
+    write = (w.write * scale)[..., None]
+    dv = torch.bmm(k * write, dC_after).baddbmm_(P.mT, dnumerator)
+    dS = torch.bmm(dnumerator, v.mT).add_(dqn[..., None]).mul_(D.mul_(scale))
+    dq, dk = torch.bmm(dS, k), torch.bmm(dS.mT, q)
+    dM, da = (q * dq).sum(-1).neg_(), (k * dk).sum(-1)
+    dq.addcmul_(dq_carried, w.carry[..., None])
+    dk.addcmul_(dk_written, write)
+    return [dq, dk, dv, da, dM, dcarry, dwrite, dfloor], [dC, dn]
 
 
 def _scan(x: Tensor, keep: Tensor, first: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
     """The values of s before each chunk, and the last, of s = keep s + x from chunk to chunk.
 
-    A group of chunks is one matrix product with their decays, for many small steps cost more than it.
-
     Args:
-        x: what each chunk adds, [B, H, N, ...].
-        keep: what each leaves of the value before it, [B, H, N].
-        first: the value before all, [B, H, ...].
+        x: what each chunk adds, [heads * rows * chunks, ...].
+        keep: what each leaves of the value before it, [heads * rows * chunks].
+        first: the value before all, [heads, rows, ...].
         reverse: from the last chunk to the first.
+
+    Returns:
+        result: [heads * rows * chunks, ...] and [heads, rows, ...].
     """
-    shape = x.shape
-    x, s = x.flatten(3), first.flatten(2)[:, :, None]
-    befores = []
-    log_keep = keep.log()
-    for part in _groups(shape[2], reverse):
-        weights = _scan_weights(log_keep[:, :, part], reverse)
-        values = (weights[..., 1:] @ x[:, :, part]).addcmul_(weights[..., :1], s)
-        values, s = (values[:, :, 1:], values[:, :, :1]) if reverse else (values[:, :, :-1], values[:, :, -1:])
-        befores.append(values)
-    before = torch.cat(befores[::-1] if reverse else befores, 2)
-    return before.view(shape), s.reshape(first.shape)
-
-
-def _groups(N: int, reverse: bool) -> list[slice]:
-    """At most 16 neighbours at a time, in the order of the scan."""
-    groups = [slice(start, min(start + 16, N)) for start in range(0, N, 16)]
-    return groups[::-1] if reverse else groups
-
-
-def _scan_weights(log_keep: Tensor, reverse: bool) -> Tensor:
-    """What the first value (column 0) and each addition count in each value, the last one too: [B, H, g + 1, g + 1]."""
+    added = x.unflatten(0, (*first.shape[:2], -1))
+    before = torch.empty_like(added)
+    keep = keep.view(*added.shape[:3], *(1,) * (first.dim() - 2))
+    steps = list(zip(added.unbind(2), keep.unbind(2), before.unbind(2), strict=True))
     if reverse:
-        weights = _scan_weights(log_keep.flip(-1), False)
-        return torch.cat([weights[..., :1], weights[..., 1:].flip(-1)], -1).flip(-2)
-    g = log_keep.shape[-1]
-    later = torch.ones(g, g + 1, dtype=torch.bool, device=log_keep.device).tril()
-    total = torch.where(later, log_keep[..., None], 0.0).cumsum(-2)
-    return _weigh(F.pad(total, (0, 0, 1, 0))).tril_()
+        steps.reverse()
+    steps[0][2].copy_(first)
+    for (x_c, keep_c, s), (_, _, s_next) in itertools.pairwise(steps):
+        torch.addcmul(x_c, keep_c, s, out=s_next)
+    x_c, keep_c, s = steps[-1]
+    return before.flatten(0, 2), torch.addcmul(x_c, keep_c, s)
 
 
-def _into_chunks(x: Tensor, N: int, L: int, fill: float = 0.0) -> Tensor:
-    """[B, T, H, ...] -> [B, H, N, L, ...], the last chunk filled up."""
-    missing = N * L - x.shape[1]
-    if missing:
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing), value=fill)
-    return x.transpose(1, 2).unflatten(2, (N, L)).contiguous()
+def _whole_chunks(x: Tensor, missing: int, fill: float = 0.0) -> Tensor:
+    """[B, T, ...] -> [B, T + missing, ...]."""
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing), value=fill) if missing else x
 
 
 def mlstm_chunkwise_torch(
@@ -234,20 +320,53 @@ def mlstm_chunkwise_torch(
     eps: float,
     input_gate: str,
 ) -> tuple[Tensor, MLSTMState]:
-    """All chunks together. Arguments and results as in `ops_mlstm.mlstm`; can be differentiated once."""
+    """All chunks of a block together. Arguments and results as in `ops_mlstm.mlstm`; can be differentiated once."""
     B, T, H, K = q.shape
     dtype = compute_dtype(v, state)
     q, k, v, i_tilde, f_tilde = (x.to(dtype) for x in (q, k, v, i_tilde, f_tilde))
     C, n, m = MLSTMState.zeros(B, H, K, v.shape[-1], like=v) if state is None else (x.to(dtype) for x in state)
     N = math.ceil(T / chunk_size)
     L = math.ceil(T / N)  # the last chunk is nearly full
+    missing = N * L - T
     log_i, log_f = log_gates(i_tilde, f_tilde, input_gate)
-    log_i, log_f = _into_chunks(log_i, N, L, -torch.inf), _into_chunks(log_f, N, L)
+    gates = (_whole_chunks(log_i, missing, -torch.inf), _whole_chunks(log_f, missing))
+    log_i, log_f = (x.permute(2, 0, 1).unflatten(-1, (N, L)).contiguous() for x in gates)
     document = None
     if reset is not None:
-        document = _into_chunks(reset[:, :, None].long(), N, L).cumsum(-1)
-    weights, m = _weigh_tokens(log_i, log_f, m, document, input_gate == "sigmoid")
+        document = _whole_chunks(reset.long(), missing).unflatten(1, (N, L)).cumsum(-1)[None]
+    weights, m = _weigh_tokens(log_i, log_f, m.T, document, input_gate == "sigmoid")
     seen = _visible(document, L, q.device)
-    q, k, v = _into_chunks(q, N, L), _into_chunks(k * K**-0.5, N, L), _into_chunks(v, N, L)
+    q, k, v = (_whole_chunks(x, missing) for x in (q, k, v))
     h, C, n = _Chunks.apply(q, k, v, *weights, C, n, seen, eps)
-    return h.flatten(2, 3)[:, :, :T].transpose(1, 2), MLSTMState(C, n, m)
+    return h[:, :T], MLSTMState(C, n, m.T)
+
+
+def mlstm_step_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i_tilde: Tensor,
+    f_tilde: Tensor,
+    state: MLSTMState | None,
+    *,
+    reset: Tensor | None = None,
+    eps: float,
+    input_gate: str,
+) -> tuple[Tensor, MLSTMState]:
+    """One token in few operations, C read and written once. Arguments and results as in `ops_mlstm.mlstm`."""
+    B, _, H, K = q.shape
+    dtype = compute_dtype(v, state)
+    q, k, v, i_tilde, f_tilde = (x[:, 0].to(dtype) for x in (q, k, v, i_tilde, f_tilde))
+    C, n, m = MLSTMState.zeros(B, H, K, v.shape[-1], like=v) if state is None else (x.to(dtype) for x in state)
+    if reset is not None:
+        C, n, m = (x * ~reset.view(B, *(1,) * (x.dim() - 1)) for x in (C, n, m))
+    log_i, log_f = log_gates(i_tilde, f_tilde, input_gate)
+    log_f = log_f + m
+    m_next = m if input_gate == "sigmoid" else torch.maximum(log_f, log_i)
+    f_prime = torch.exp(log_f - m_next)
+    kw = k * (torch.exp(log_i - m_next) * K**-0.5)[..., None]
+    C = (kw[..., None] * v[..., None, :]).addcmul_(f_prime[..., None, None], C)
+    n = torch.addcmul(kw, f_prime[..., None], n)
+    numerator = torch.matmul(q[..., None, :], C)[..., 0, :]
+    normaliser = torch.maximum((q * n).sum(-1).abs(), _floor(m_next)).add_(eps)
+    return (numerator / normaliser[..., None])[:, None], MLSTMState(C, n, m_next)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .ops_common import bind_shapes, check_gates, choose_backend, mark_tokens
+from .ops_common import bind_shapes, check_gates, choose_backend, mark_tokens, without_autocast
 from .ops_slstm_reference import slstm_recurrent
 from .ops_slstm_torch import slstm_recurrent_torch
 from .states_xlstm import SLSTMState
@@ -64,11 +63,10 @@ def slstm(
     )
     padded, reset = mark_tokens(size["T"], size["B"], lengths, reset, i_tilde.device)
     check_gates(input_gate)
-    worker = {"torch": slstm_recurrent_torch, "reference": slstm_recurrent}[
-        choose_backend(backend, {"torch": True, "reference": True})
-    ]
-    # Autocast would run the recurrent product in half precision.
-    with torch.autocast(i_tilde.device.type, enabled=False):
+    chosen = choose_backend(backend, {"torch": True, "reference": True})
+    # For one token nothing is faster than the definition.
+    worker = slstm_recurrent_torch if chosen == "torch" and size["T"] > 1 else slstm_recurrent
+    with without_autocast(i_tilde.device):
         h, state = worker(
             i_tilde,
             f_tilde,

@@ -1,4 +1,4 @@
-"""Training with Transformers' Trainer on documents of any length: segment after segment, the states carried on.
+"""Training with Transformers' Trainer: the published recipe, packed documents, and states carried between segments.
 
 Truncated back-propagation through time: a segment starts from the states that the one before it left, detached, so
 the model learns from a past of any length at the memory of one segment.
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.data import default_data_collator
 
 from .cache_xlstm import XLSTMCache
 from .configuration_xlstm import XLSTMConfig
 
 IGNORED = -100  # the label that counts in no loss
+PACKING = ("seq_idx", "cu_seq_lens_q", "position_ids", "shift_labels")
 
 
 class Segments(Dataset[dict[str, Tensor]]):
@@ -103,7 +104,82 @@ class Segments(Dataset[dict[str, Tensor]]):
         }
 
 
-class CarriedStateTrainer(Trainer):
+def decayed_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that weight decay acts on, in the model's order: the published recipe's choice.
+
+    Those of projections, gates and convolutions, and of a head that is not tied. Not norms, biases, the skip, the
+    recurrent weights of the sLSTM, and the embedding.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    return [name for name in names if "weight" in name and "norm" not in name and "embed_tokens" not in name]
+
+
+class XLSTMTrainer(Trainer):
+    """Transformers' Trainer with the published recipe: its weight-decay groups, and a z-loss on request.
+
+    Columns of a dataset that describe packing reach the model. With `compute_metrics=sum_nats` and
+    `preprocess_logits_for_metrics=nats_of_labels`, an evaluation on `Segments` has exact sums, `eval_nats` and
+    `eval_predicted_tokens`, where `eval_loss` is a mean over batches.
+
+    Args:
+        z_loss: weight of the mean squared log of the softmax's normaliser, which keeps logits from drifting; 1e-4 is
+            usual, 0 leaves it out. What is logged as the loss of the training includes it.
+        args, kwargs: those of Trainer.
+    """
+
+    def __init__(self, *args: Any, z_loss: float = 0.0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.z_loss = z_loss
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Called by `create_optimizer`."""
+        return decayed_parameters(model)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # Trainer drops the columns that forward does not name, and these are not named but passed on.
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            columns: Any = self._signature_columns
+            self._signature_columns = [*columns, *PACKING]  # type: ignore[assignment]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As in Trainer, and the z-loss while training."""
+        if not self.z_loss or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        predicted = next_labels(inputs) != IGNORED
+        squares = outputs.logits.float().logsumexp(-1).square()[predicted].sum()
+        items = predicted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # As for the loss: the items are those of all processes, whose gradients are averaged.
+            squares = squares * self.accelerator.num_processes
+        loss = loss + self.z_loss * squares / items
+        return (loss, outputs) if return_outputs else loss
+
+
+def next_labels(inputs: dict[str, Any]) -> Tensor:
+    """What each token predicts, [B, T], if nothing is packed that `shift_labels` does not say."""
+    if "shift_labels" in inputs:
+        return inputs["shift_labels"]
+    return nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+
+
+def nats_of_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits [B, T, vocab_size] reduced to the loss at each place, [B, T], for labels that are shifted already."""
+    return nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+
+
+def sum_nats(prediction: EvalPrediction) -> dict[str, float]:
+    """Loss of all places together, and how many they were."""
+    labels: Any = prediction.label_ids
+    nats: Any = prediction.predictions
+    predicted = labels != IGNORED
+    return {"nats": float(nats[predicted].sum(dtype="float64")), "predicted_tokens": int(predicted.sum())}
+
+
+class CarriedStateTrainer(XLSTMTrainer):
     """Transformers' Trainer on `Segments`: the states of every lane go from one optimizer step to the next, detached.
 
     Each micro-batch of each process has lanes of its own, so accumulation and processes only say where a lane is

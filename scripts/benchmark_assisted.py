@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from quickstart import read_standard_library
+from corpus import read_standard_library
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoTokenizer

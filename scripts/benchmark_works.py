@@ -194,7 +194,9 @@ def neurips_prefill(T: int) -> Contest:
 
 def neurips_decoding(B: int) -> Contest:
     models = neurips_models()
-    runs = {n: Decoding(m, ids(B, 16), ids(B, DECODED)) for n, m in zip(("ours", "official"), models, strict=True)}
+    runs: dict[str, Run] = {
+        n: Decoding(m, ids(B, 16), ids(B, DECODED)) for n, m in zip(("ours", "official"), models, strict=True)
+    }
     return Contest(B * DECODED, runs, 2.0, AGREEMENT[torch.float32])
 
 

@@ -29,19 +29,25 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import tokenizers
 import torch
 import transformers
-from tokenizers import decoders, models, pre_tokenizers
-from tokenizers.trainers import BpeTrainer
+from corpus import (
+    END,
+    PAD,
+    Text,
+    WrongInput,
+    count_bytes,
+    load_or_train_tokenizer,
+    read_files,
+    read_standard_library,
+)
+from runs import LossBar, last_checkpoint, silent, step_of
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -49,7 +55,6 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     ProgressCallback,
     TextStreamer,
     Trainer,
@@ -78,26 +83,6 @@ TRAINING: dict[str, Any] = {
 }
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
 BLOCK_TOKENS = 256
-HELD_OUT_ONE_IN = 32
-HELD_OUT_BYTES = 256 * 1024
-END, PAD = "<|endoftext|>", "<|padding|>"
-
-# Bulk that is no everyday Python: tests, character tables, generated files, an application, other people's packages.
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo"}
-SKIPPED_FOLDERS |= {"site-packages", "dist-packages"}
-SKIPPED_FILES = ("_sysconfigdata",)
-
-
-class WrongInput(ValueError):
-    """The caller can mend it: shown as a message, without a traceback."""
-
-
-class Text(NamedTuple):
-    """What to train on, what to judge with, and where both came from."""
-
-    train: list[str]
-    held_out: list[str]
-    about: str
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
@@ -117,108 +102,12 @@ class Blocks(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
 
 
-class LossBar(ProgressCallback):
-    """Transformers' progress bar with the loss in it, instead of a line per log entry."""
-
-    training_bar: Any
-    prediction_bar: Any
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        self.current_step = state.global_step
-        if self.training_bar is not None:
-            self.training_bar.set_description("Training")
-            self.training_bar.initial = self.training_bar.n = state.global_step
-
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
-        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
-        if self.prediction_bar is not None:
-            self.prediction_bar.set_description("Held out")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
-
-
 class QuickstartTrainer(Trainer):
     """Weight decay on matrices only: not on norms, embeddings or biases; those of sLSTM gates have several dims too."""
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         named = model.named_parameters()
         return [name for name, x in named if x.dim() > 1 and "bias" not in name and "embed" not in name]
-
-
-def read_standard_library() -> Text:
-    """The sources of the Python that runs this, in the order of their names; a checksum of these holds some out."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    train: list[str] = []
-    held_out: list[str] = []
-    for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py")):
-        parts = name.split("/")
-        if SKIPPED_FOLDERS & set(parts) or parts[-1].startswith(SKIPPED_FILES):
-            continue
-        try:
-            text = (folder / name).read_text("utf-8")
-        except UnicodeDecodeError:
-            continue
-        if text.strip():
-            (train if zlib.crc32(name.encode()) % HELD_OUT_ONE_IN else held_out).append(text)
-    if not train or not held_out:
-        raise WrongInput(f"Python's standard library has no sources in {folder}. Train on yours: --text FILE...")
-    about = (
-        f"The standard library of Python {platform.python_version()} (PSF license), {len(train + held_out)} files: "
-        "all its sources but tests, character tables, IDLE and what is not UTF-8. "
-        f"Held out: {len(held_out)} files, chosen by a checksum of their names."
-    )
-    return Text(train, held_out, about)
-
-
-def read_files(paths: Sequence[Path]) -> Text:
-    """The caller's files, in the order given; the end of each is held out."""
-    train, held_out = [], []
-    for path in paths:
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else f"does not exist in {Path.cwd()}"
-            raise WrongInput(f"`--text` must name files; {path} {what}. Check the path.")
-        try:
-            text = path.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise WrongInput(
-                f"`--text` must name UTF-8 text; {path} has other bytes at position {error.start}. "
-                "Convert it, for example with iconv."
-            ) from error
-        if not text.strip():
-            raise WrongInput(f"`--text` must name files with text in them; {path} is empty. Leave it out.")
-        cut = len(text) - min(len(text) // 10, HELD_OUT_BYTES // len(paths))
-        train.append(text[:cut])
-        held_out.append(text[cut:])
-    about = f"{', '.join(path.name for path in paths)}. Held out: the end of each file, a tenth of it or less."
-    return Text(train, held_out, about)
-
-
-def count_bytes(texts: Sequence[str]) -> int:
-    return sum(len(text.encode()) for text in texts)
-
-
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Byte-level BPE: every text has an encoding, and decoding gives it back."""
-    bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=END,
-        eos_token=END,
-        pad_token=PAD,
-        model_input_names=["input_ids", "attention_mask"],
-    )
 
 
 def make_blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Blocks:
@@ -320,15 +209,6 @@ def card_words(arguments: argparse.Namespace, text: Text) -> dict[str, Any]:
     }
 
 
-def load_or_train_tokenizer(folder: Path, text: Text, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder, which is there or it is not: renaming it into place leaves no half of one."""
-    if not folder.is_dir():
-        unfinished = folder.with_suffix(".unfinished")
-        train_tokenizer(text.train, vocab_size).save_pretrained(unfinished)
-        unfinished.replace(folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
 def make_model(tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace) -> XLSTMForCausalLM:
     # Imported here and nowhere else: the process that shows the completion must do without the package.
     from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
@@ -361,23 +241,6 @@ def training_arguments(arguments: argparse.Namespace) -> TrainingArguments:
         disable_tqdm=False,
         **TRAINING,
     )
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end; later ones that were not are deleted."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
-        try:
-            # Trainer writes this file last.
-            TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            shutil.rmtree(checkpoint)
-        else:
-            return checkpoint
-    return None
 
 
 def train(arguments: argparse.Namespace, text: Text, settings: TrainingArguments) -> None:
@@ -481,10 +344,6 @@ def positive(word: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1; got {number}")
     return number
-
-
-def silent(*words: object) -> None:
-    """What all processes but the first print."""
 
 
 def run(arguments: argparse.Namespace) -> None:

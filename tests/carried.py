@@ -37,7 +37,7 @@ class Recorder(CarriedStateTrainer):
         return loss
 
 
-def trainer(folder: Path, segments: Segments, **options: Any) -> Recorder:
+def trainer(folder: Path, segments: Segments, z_loss: float = 0.0, **options: Any) -> Recorder:
     """A trainer of a small mixture in float64, reproducible, that logs every step and says nothing."""
     torch.manual_seed(0)
     model = tiny_model(XLSTMForCausalLM, "neurips")
@@ -50,7 +50,7 @@ def trainer(folder: Path, segments: Segments, **options: Any) -> Recorder:
         **options,
     }
     arguments = TrainingArguments(str(folder), report_to="none", use_cpu=True, disable_tqdm=True, **given)
-    return Recorder(model, arguments, train_dataset=segments, eval_dataset=segments)
+    return Recorder(model, arguments, train_dataset=segments, eval_dataset=segments, z_loss=z_loss)
 
 
 def joined_states(trained: CarriedStateTrainer) -> list[list[Tensor]]:

@@ -54,6 +54,7 @@ MODULES = {
     "conversion_xlstm": Module(HOME, {CONFIG}, {"torch"}),
     "serving_xlstm": Module(HOME, {"cache_xlstm", "modeling_xlstm"}, {"torch", "transformers"}),
     "training_xlstm": Module(HOME, {"cache_xlstm", CONFIG}, {"torch", "transformers"}),
+    "tuning_xlstm": Module(HOME, {"cache_xlstm", STATES}, {"torch"}),
     "recurrent_xlstm": Module(HOME, {STATES, COMMON, "ops_mlstm", "ops_slstm", "layers_xlstm"}, {"torch"}),
     "sequence_xlstm": Module(HOME, {CONFIG, "modeling_xlstm", "forecasting_xlstm"}, {"torch"}),
     "forecasting_cells": Module(HOME + 1, {STATES, COMMON, "recurrent_xlstm"}, {"torch"}),

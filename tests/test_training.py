@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded
 import torch
+import torch.distributed.checkpoint as dcp
 from carried import LENGTHS, documents, joined_states, result, trainer
 from checkout import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import TRAINED, assert_identical, assert_same
+from inputs import STYLES, tiny_config, tiny_model, tokens
+from tolerances import FLOAT32, TRAINED, assert_identical, assert_same
 from torch import Tensor
+from transformers import TrainingArguments
 
-from modeling_xlstm.training_xlstm import Segments
+from modeling_xlstm import XLSTMForCausalLM
+from modeling_xlstm.training_xlstm import Segments, XLSTMTrainer, decayed_parameters
 
 
 @given(
@@ -102,14 +107,19 @@ def test_four_micro_batches_of_one_lane_train_as_one_batch_of_four(tmp_path: Pat
     assert_same(*results, TRAINED)
 
 
+def launch_two(script: str, folder: Path) -> None:
+    """Run a script of the tests in two processes that talk over gloo."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    places = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    command = [*launch, str(ROOT / "tests" / script), str(folder)]
+    done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """Over gloo: every process carries the states of its own lanes."""
-    script = [str(ROOT / "tests" / "carried.py"), str(tmp_path)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
-    places = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(launch, env={**os.environ, **places}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    launch_two("carried.py", tmp_path)
     first, second = (torch.load(tmp_path / f"result-{rank}.pt") for rank in range(2))
     assert_identical(first["weights"], second["weights"])
     # Lanes 0 and 2 are the first process's, 1 and 3 the second's; each keeps its own part of the loss.
@@ -135,6 +145,18 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path, stop: int) 
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
     again.losses[:stop] = whole.losses[:stop]
     assert_identical(result(again), result(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process needs no process group
+def test_sharded_over_two_processes_trains_as_one_and_its_checkpoint_loads_in_one(tmp_path: Path) -> None:
+    """FSDP2, block by block, with carried states."""
+    launch_two("sharded.py", tmp_path)
+    alone, ids = sharded.setting()
+    sharded.train(alone, ids)
+    loaded = {name: torch.empty_like(x) for name, x in alone.state_dict().items()}
+    dcp.load(loaded, checkpoint_id=str(tmp_path), no_dist=True)
+    assert_same(loaded, alone.state_dict())
 
 
 def test_evaluation_carries_states_of_its_own(tmp_path: Path) -> None:
@@ -193,3 +215,54 @@ def test_a_checkpoint_without_the_states_of_these_lanes_is_not_resumed(tmp_path:
 def test_documents_that_fill_no_lane_are_refused(lengths: list[int], lanes: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Segments(documents(lengths), lanes, 4, None)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_weight_decay_acts_on_the_parameters_of_the_published_recipe(style: str, tied: bool) -> None:
+    model = XLSTMForCausalLM(tiny_config(style, use_bias=True, tie_word_embeddings=tied))
+    decayed = set(decayed_parameters(model))
+    spared = {name for name, _ in model.named_parameters()} - decayed
+    marks = ("norm", "bias", "embed_tokens", "skip", "recurrent")
+    assert [name for name in spared if not any(mark in name for mark in marks)] == []
+    assert [name for name in decayed if any(mark in name for mark in marks)] == []
+    assert ("lm_head.weight" in decayed) != tied
+    assert any("igate.weight" in name for name in decayed)
+
+
+def test_the_optimizer_holds_every_parameter_once_and_decays_those(tmp_path: Path) -> None:
+    run = trainer(tmp_path, Segments(documents(LENGTHS), 4, 9, None), weight_decay=0.1)
+    decay, spare = run.create_optimizer().param_groups
+    names = {id(x): name for name, x in run.model.named_parameters()}
+    assert (decay["weight_decay"], spare["weight_decay"]) == (0.1, 0.0)
+    assert [names[id(x)] for x in decay["params"]] == decayed_parameters(run.model)
+    assert sorted(names[id(x)] for x in (*decay["params"], *spare["params"])) == sorted(names.values())
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_the_z_loss_is_the_mean_squared_log_normaliser_under_accumulation_too(
+    tmp_path: Path, micro_batches: int
+) -> None:
+    segments = Segments(documents(LENGTHS), 4, 9, 0)
+    layout = {"per_device_train_batch_size": 4 // micro_batches, "gradient_accumulation_steps": micro_batches}
+    plain, with_z = (trainer(tmp_path, segments, max_steps=1, z_loss=z, **layout) for z in (0.0, 0.5))
+    items = [segments[lane] for lane in range(4)]
+    ids, targets = (torch.stack([item[name] for item in items]) for name in ("input_ids", "shift_labels"))
+    with torch.no_grad():
+        logits = plain.model(ids, seq_idx=torch.stack([item["seq_idx"] for item in items])).logits
+    squares = logits.logsumexp(-1).square()[targets >= 0]
+    plain.train()
+    with_z.train()
+    # The weight is taken in float32, as the logits are.
+    assert_same(with_z.losses[0] - plain.losses[0], 0.5 * squares.mean(), FLOAT32)
+
+
+def test_columns_that_describe_packing_reach_the_model(tmp_path: Path) -> None:
+    """Trainer drops columns that forward does not name: documents would then see each other."""
+    ids, document = tokens(1, 12), torch.tensor([0] * 5 + [1] * 7)
+    labels = ids.masked_fill(torch.arange(12) == 5, -100)  # as collators do it: Trainer counts the others
+    rows = [{"input_ids": ids[0], "labels": labels[0], "seq_idx": document}]
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, max_steps=1)
+    model = tiny_model(XLSTMForCausalLM)
+    run = XLSTMTrainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    assert_same(run.evaluate()["eval_loss"], model(ids, labels=ids, seq_idx=document[None]).loss.item(), FLOAT32)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from inputs import STYLES, tiny_model, tokens
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tolerances import FLOAT32, assert_same
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -31,7 +31,9 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     """A word for each of the 61 ids of the tiny models."""
     words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, 61))]
     model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<eos>")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), pad_token="<pad>", eos_token="<eos>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 def sft(folder: Path, style: str, documents: list[list[int]], **options: Any) -> SFTTrainer:

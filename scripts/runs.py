@@ -1,0 +1,73 @@
+"""What the scripts that train share: the progress bar, the last checkpoint, the loss curve."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import ProgressCallback, TrainerState
+
+
+class LossBar(ProgressCallback):
+    """Transformers' progress bar with the loss in it, instead of a line per log entry."""
+
+    training_bar: Any
+    prediction_bar: Any
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.current_step = state.global_step
+        if self.training_bar is not None:
+            self.training_bar.set_description("Training")
+            self.training_bar.initial = self.training_bar.n = state.global_step
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description("Held out")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that was written to its end; later ones that were not are deleted."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+        try:
+            # Trainer writes this file last.
+            TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            shutil.rmtree(checkpoint)
+        else:
+            return checkpoint
+    return None
+
+
+def silent(*words: object) -> None:
+    """What all processes but the first print."""
+
+
+def draw_losses(log_history: list[dict[str, Any]], path: Path) -> None:
+    """The curve of the losses, in nats per token over optimizer steps, as a picture."""
+    # Imported here, for it is an extra, and slow.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    for name, label in (("loss", "training"), ("eval_nats_per_token", "held out")):
+        points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else None)
+    axes.set(xlabel="optimizer step", ylabel="nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

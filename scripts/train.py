@@ -1,0 +1,252 @@
+"""Train an xLSTM, or go on training one, on any text: packed documents, or long ones with carried states.
+
+Laptop, no network, a small model of the sources of Python's standard library:
+
+    python scripts/train.py configuration/recipe/laptop.yaml --output_dir out/laptop
+
+One GPU, on your own text or any Hugging Face data set:
+
+    python scripts/train.py --model configuration/model/xlstm_neurips_125m.json --tokenizer gpt2 \
+        --dataset HuggingFaceFW/fineweb-edu --output_dir out/125m --bf16 --learning_rate 1e-3 --max_steps 10000
+
+Many GPUs:
+
+    accelerate launch --config_file configuration/launch/fsdp2.yaml scripts/train.py recipe.yaml --output_dir out/125m
+
+A recipe is a YAML file of these same flags; flags after it win. All flags of Transformers' TrainingArguments apply. The
+same command goes on from the last checkpoint, exactly as if it had not been interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml  # type: ignore[import-untyped]
+from corpus import (
+    Text,
+    WrongInput,
+    count_bytes,
+    load_or_train_tokenizer,
+    read_columns,
+    read_files,
+    read_standard_library,
+)
+from runs import LossBar, draw_losses, last_checkpoint, silent, step_of
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from modeling_xlstm.training_xlstm import CarriedStateTrainer, Segments, XLSTMTrainer, nats_of_labels, sum_nats
+
+
+@dataclass
+class RunArguments:
+    model: str = field(metadata={"help": "file of configuration/model to begin with, or a checkpoint to go on from"})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "folder or name; else the checkpoint's, or one trained on the text"}
+    )
+    dataset: str | None = field(default=None, metadata={"help": "name or folder of a Hugging Face data set"})
+    dataset_config: str | None = field(default=None, metadata={"help": "which of its configurations"})
+    text: list[str] = field(
+        default_factory=list, metadata={"help": "files of one kind: UTF-8 text, .jsonl, .parquet or .arrow"}
+    )
+    text_column: str = field(default="text", metadata={"help": "of a data set, .jsonl, .parquet or .arrow"})
+    demo: bool = field(default=False, metadata={"help": "the sources of Python's standard library"})
+    block_size: int = field(default=512, metadata={"help": "tokens of a row"})
+    carry_state: bool = field(
+        default=False, metadata={"help": "rows go on where the last step's ended, from the state it left, detached"}
+    )
+    z_loss: float = field(default=0.0, metadata={"help": "weight of the squared log-normaliser; 1e-4 is usual"})
+
+
+class Run(XLSTMTrainer):
+    """Logs speed and perplexity beside what Trainer logs, and bits per byte of what is held out."""
+
+    held_out_bytes = 0
+    started: tuple[float, float] | None = None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["perplexity"] = math.exp(min(logs["loss"], 100.0))
+            now, seen = time.perf_counter(), float(self.state.num_input_tokens_seen)
+            if self.started is not None:
+                logs["tokens_per_second"] = round((seen - self.started[1]) / (now - self.started[0]), 1)
+            self.started = now, seen
+        if "eval_nats" in logs:
+            self.started = None  # what an evaluation takes is no time of training
+            logs["eval_nats_per_token"] = logs["eval_nats"] / logs["eval_predicted_tokens"]
+            logs["eval_bits_per_byte"] = logs["eval_nats"] / math.log(2) / self.held_out_bytes
+        super().log(logs, start_time)
+
+
+class CarriedRun(Run, CarriedStateTrainer):
+    """The same, with states carried from step to step."""
+
+
+def parse(words: Sequence[str]) -> tuple[TrainingArguments, RunArguments]:
+    """Flags, after those of a recipe if the first word names one."""
+    kinds: Any = [TrainingArguments, RunArguments]
+    parser = HfArgumentParser(kinds)
+    # What a run of ours differs in from Trainer's defaults.
+    parser.set_defaults(use_cache=True, include_num_input_tokens_seen=True, logging_steps=20, save_total_limit=2)
+    if words and words[0].endswith((".yaml", ".yml")):
+        words = [*recipe_flags(Path(words[0])), *words[1:]]
+    settings, run = parser.parse_args_into_dataclasses(list(words))
+    return settings, run
+
+
+def recipe_flags(path: Path) -> Iterator[str]:
+    """A recipe as flags."""
+    if not path.is_file():
+        raise WrongInput(f"There is no recipe {path}. Those of the project are in configuration/recipe.")
+    recipe = yaml.safe_load(path.read_text("utf-8"))
+    if not isinstance(recipe, dict):
+        raise WrongInput(f"{path} must hold `flag: value` lines; got {type(recipe).__name__}.")
+    for name, value in recipe.items():
+        yield f"--{name}"
+        if isinstance(value, list):
+            yield from map(str, value)
+        else:
+            yield json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def read_text(run: RunArguments) -> Text:
+    """Documents to train on and to judge with, from whichever source was chosen."""
+    chosen = [name for name in ("dataset", "text", "demo") if getattr(run, name)]
+    if len(chosen) != 1:
+        raise WrongInput(f"Choose one of --dataset, --text and --demo; got {' and '.join(chosen) or 'none'}.")
+    if run.demo:
+        return read_standard_library()
+    if run.dataset:
+        return read_columns(run.dataset, [], run.text_column, run.dataset_config)
+    kinds = {Path(name).suffix.lstrip(".") for name in run.text}
+    if not kinds & {"jsonl", "parquet", "arrow"}:
+        return read_files([Path(name) for name in run.text])
+    if len(kinds) > 1:
+        raise WrongInput(f"`--text` must name files of one kind; got {sorted(kinds)}. Convert them, or train in turns.")
+    return read_columns({"jsonl": "json"}.get(kind := kinds.pop(), kind), run.text, run.text_column)
+
+
+def open_model(
+    run: RunArguments, settings: TrainingArguments, text: Text
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A new model of a configuration file, or a checkpoint, and its tokenizer."""
+    set_seed(settings.seed)
+    if not run.model.endswith(".json"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(run.tokenizer or run.model, trust_remote_code=True)
+        return AutoModelForCausalLM.from_pretrained(run.model, trust_remote_code=True), tokenizer
+    if not Path(run.model).is_file():
+        raise WrongInput(f"`--model` must name a file or a checkpoint; {run.model} does not exist.")
+    fields = json.loads(Path(run.model).read_text("utf-8"))
+    if run.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(run.tokenizer, trust_remote_code=True)
+    else:
+        folder = Path(str(settings.output_dir)) / "tokenizer"
+        with settings.main_process_first():
+            tokenizer = load_or_train_tokenizer(folder, text, fields["vocab_size"])
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**fields, **ids}))
+    model.generation_config = GenerationConfig(**ids)
+    return model, tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], vocab_size: int) -> list[list[int]]:
+    """Ids of every document between two end tokens, so that each of its own tokens is predicted."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise WrongInput("The tokenizer must have an end token (`eos_token`), which parts documents; it has none.")
+    documents = [[end, *ids, end] for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids]
+    largest = max(max(ids) for ids in documents)
+    if largest >= vocab_size:
+        raise WrongInput(
+            f"The tokenizer writes id {largest}, and the model knows {vocab_size}. Use the tokenizer it was trained "
+            "with, or a larger `vocab_size`."
+        )
+    return documents
+
+
+def make_data(run: RunArguments, documents: list[list[int]], rows: int, seed: int | None) -> Segments:
+    """Rows of `block_size` tokens: each from an empty state, or, carried, `rows` lanes of segments."""
+    if not run.carry_state:
+        # One segment per lane: the lanes are what rows of packed documents are.
+        rows, seed = -(-sum(map(len, documents)) // run.block_size), None
+    return Segments(documents, rows, run.block_size, seed)
+
+
+def make_trainer(
+    run: RunArguments, settings: TrainingArguments, model: PreTrainedModel, tokenizer: Any, text: Text
+) -> Run:
+    train, held_out = (encode(tokenizer, texts, model.config.vocab_size) for texts in (text.train, text.held_out))
+    lanes = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+    trainer = (CarriedRun if run.carry_state else Run)(
+        model,
+        settings,
+        train_dataset=make_data(run, train, lanes, settings.seed),
+        eval_dataset=make_data(run, held_out, settings.eval_batch_size * settings.world_size, None),
+        processing_class=tokenizer,
+        compute_metrics=sum_nats,
+        preprocess_logits_for_metrics=nats_of_labels,
+        z_loss=run.z_loss,
+    )
+    trainer.held_out_bytes = count_bytes(text.held_out)
+    if not settings.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossBar())
+    return trainer
+
+
+def train(settings: TrainingArguments, run: RunArguments) -> None:
+    say = print if settings.process_index == 0 else silent
+    folder = Path(str(settings.output_dir))
+    text = read_text(run)
+    say(f"Text       {count_bytes(text.train) / 1e6:.2f} MB, and {count_bytes(text.held_out) / 1e6:.2f} MB held out")
+    model, tokenizer = open_model(run, settings, text)
+    say(f"Model      {model.num_parameters():,} parameters; {len(tokenizer):,} tokens")
+    trainer = make_trainer(run, settings, model, tokenizer, text)
+    with settings.main_process_first():
+        checkpoint = last_checkpoint(folder)
+    if settings.resume_from_checkpoint is None and checkpoint is not None:
+        settings.resume_from_checkpoint = str(checkpoint)
+        say(f"Resuming   at step {step_of(checkpoint):,}")
+    trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+    facts = trainer.evaluate()
+    trainer.save_model(str(folder))
+    trainer.save_state()
+    if settings.process_index == 0:
+        draw_losses(trainer.state.log_history, folder / "loss.png")
+    say(
+        f"Held out   {facts['eval_nats_per_token']:.4f} nats per token, {facts['eval_bits_per_byte']:.4f} bits per byte"
+    )
+    say(f"Saved      {folder}: model, its code, tokenizer, trainer_state.json and loss.png")
+
+
+def main() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        train(*parse(sys.argv[1:]))
+    except WrongInput as error:
+        raise SystemExit(f"train.py: {error}") from None
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

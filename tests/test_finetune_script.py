@@ -1,0 +1,122 @@
+"""scripts/finetune.py at tiny size: every method learns, and leaves what its readers read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from checkout import ROOT
+from inputs import tiny_config
+from peft import PeftModel
+from test_trl import word_tokenizer
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from modeling_xlstm import XLSTMCache, XLSTMForCausalLM
+
+# TRL and PEFT use Transformers' older names, which the newest Transformers warns about.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`(is_)?gradient_checkpointing(_disable|_enable)?` is deprecated:FutureWarning"
+)
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+ROWS: dict[str, Any] = {
+    "text": {"text": "w5 w6 w7 w8 w9 w5 w6 w7"},
+    "completion": {"prompt": "w5 w6 w7 ", "completion": "w8 w9 w10 w11"},
+    "messages": {"messages": [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7 w8"}]},
+}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script, in a folder with a checkpoint and examples of every kind."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    XLSTMForCausalLM(tiny_config("neurips")).save_pretrained("base")
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained("base")
+    for kind, row in ROWS.items():
+        Path(f"{kind}.jsonl").write_text((json.dumps(row) + "\n") * 8, "utf-8")
+    import finetune
+
+    return finetune
+
+
+def tune(script: ModuleType, *words: str) -> None:
+    flags = ["--output_dir", "out", "--max_steps", "10", "--learning_rate", "3e-2", "--use_cpu", "--report_to", "none"]
+    script.run(*script.parse(["base", *flags, "--disable_tqdm", "true", "--save_strategy", "no", *words]))
+
+
+def loss_on_text(model: Any, cache: XLSTMCache | None = None) -> float:
+    ids = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 2]])
+    with torch.no_grad():
+        return float(model(ids, labels=ids, past_key_values=cache).loss)
+
+
+def load(folder: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "state"])
+def test_every_method_learns_the_examples_and_leaves_what_loads(method: str, script: ModuleType) -> None:
+    tune(script, "--data", "text.jsonl", "--method", method)
+    before = loss_on_text(load("base"))
+    if method == "full":
+        after = loss_on_text(load("out"))
+    elif method == "lora":
+        after = loss_on_text(PeftModel.from_pretrained(load("base"), "out"))
+    else:
+        base = load("base")
+        after = loss_on_text(base, XLSTMCache.load("out/state.safetensors", base.config))
+    assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("method", ["lora", "state"])
+@pytest.mark.parametrize("kind", ["completion", "messages"])
+def test_prompts_with_completions_and_chats_are_learnt_from(kind: str, method: str, script: ModuleType) -> None:
+    tune(script, "--data", f"{kind}.jsonl", "--method", method, "--max_steps", "2")
+
+
+def test_of_a_prompt_nothing_is_learnt(script: ModuleType) -> None:
+    row = script.encode(ROWS["completion"], word_tokenizer(), None)
+    assert row == {"input_ids": [5, 6, 7, 8, 9, 10, 11, 2], "labels": [-100, -100, -100, 8, 9, 10, 11, 2]}
+    assert script.encode(ROWS["completion"], word_tokenizer(), 2) == {"input_ids": [5, 6], "labels": [-100, -100]}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "none.jsonl"], "`--data` must name files; got none.jsonl"),
+        (["--method", "full"], "`--data` must name files; got none"),
+        (["--data", "other.jsonl"], r"must hold `text`, `prompt` and `completion`, or `messages`; got \['body'\]"),
+    ],
+)
+def test_examples_that_cannot_be_learnt_from_are_refused(words: list[str], message: str, script: ModuleType) -> None:
+    Path("other.jsonl").write_text('{"body": "w5"}\n', "utf-8")
+    with pytest.raises(script.WrongInput, match=message):
+        tune(script, *words)
+
+
+def test_a_checkpoint_must_be_named_first(script: ModuleType) -> None:
+    with pytest.raises(script.WrongInput, match="first word must name a checkpoint; got --data"):
+        script.parse(["--data", "x"])
+
+
+def test_dpo_prefers_what_was_chosen(tmp_path: Path, script: ModuleType) -> None:
+    from datasets import Dataset
+
+    rows = {"prompt": "w5 w6 ", "chosen": "w7 w8 w9", "rejected": "w10 w11 w12"}
+    arguments = DPOConfig(
+        "dpo", max_steps=5, learning_rate=1e-2, logging_steps=1, report_to="none", save_strategy="no", use_cpu=True,
+        bf16=False, disable_tqdm=True,
+    )  # fmt: skip
+    data = Dataset.from_list([rows] * 8)
+    trainer = DPOTrainer(load("base"), args=arguments, train_dataset=data, processing_class=word_tokenizer())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]

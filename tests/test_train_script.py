@@ -1,0 +1,202 @@
+"""scripts/train.py at tiny size: what it leaves, what it says, and that no interruption and no layout changes it."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from checkout import ROOT
+from safetensors.torch import load_file
+from tolerances import FLOAT32, assert_identical, assert_same
+from transformers import AutoTokenizer
+
+from modeling_xlstm import XLSTMForCausalLM
+
+SCRIPT = str(ROOT / "scripts" / "train.py")
+MODEL = {
+    "model_type": "extended_lstm", "block_style": "neurips", "slstm_at": [1], "vocab_size": 320, "hidden_size": 16,
+    "num_hidden_layers": 2, "num_heads": 2,
+}  # fmt: skip
+RECIPE = """
+model: model.json
+text: [first.txt, second.txt]
+block_size: 32
+per_device_train_batch_size: 4
+per_device_eval_batch_size: 4
+max_steps: 12
+learning_rate: 1.0e-2
+save_steps: 3
+logging_steps: 3
+use_cpu: true
+"""
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script, in a folder with a recipe and what it names."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path)
+    import train
+
+    return train
+
+
+def write_recipe(folder: Path) -> None:
+    text = Path(argparse.__file__).read_text("utf-8")
+    (folder / "first.txt").write_text(text[:9_000], "utf-8")
+    (folder / "second.txt").write_text(text[9_000:20_000], "utf-8")
+    (folder / "model.json").write_text(json.dumps(MODEL), "utf-8")
+    (folder / "recipe.yaml").write_text(RECIPE, "utf-8")
+
+
+def run(script: ModuleType, *words: str) -> None:
+    script.train(*script.parse(["recipe.yaml", "--output_dir", "run", *words]))
+
+
+def logged(folder: Path, name: str) -> float:
+    """The last value of this name in the log of the training."""
+    state = json.loads((folder / "trainer_state.json").read_text("utf-8"))
+    return float([entry[name] for entry in state["log_history"] if name in entry][-1])
+
+
+@pytest.mark.parametrize("carry", ["true", "false"])
+def test_a_run_leaves_a_checkpoint_that_loads_and_the_bits_per_byte_of_the_held_out_text(
+    carry: str, script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(script, "--carry_state", carry, "--z_loss", "1e-4")
+    folder = tmp_path / "run"
+    left = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "modeling_xlstm.py", "config.json", "tokenizer.json", "loss.png"} <= left
+    model = XLSTMForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert model.config.use_cache
+    assert model.config.eos_token_id == tokenizer.eos_token_id is not None
+    held_out = script.read_files([Path("first.txt"), Path("second.txt")]).held_out
+    documents = script.encode(tokenizer, held_out, 320)
+    _, arguments = script.parse(["recipe.yaml", "--output_dir", "run", "--carry_state", carry])
+    lanes = script.make_data(arguments, documents, 4, None).edges
+    # Each document by itself, cut where a lane ends; those are rows of 32 tokens if nothing is carried.
+    ids, ends = torch.tensor(list(itertools.chain(*documents))), list(itertools.accumulate(map(len, documents)))
+    nats = 0.0
+    for start, stop in itertools.pairwise(sorted({0, *ends, *lanes})):
+        targets = ids[start + 1 : stop + (stop not in ends)]
+        with torch.no_grad():
+            logits = model(ids[None, start:stop]).logits[0, : len(targets)]
+        nats += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    size = sum(len(text.encode()) for text in held_out)
+    assert_same(logged(folder, "eval_bits_per_byte"), nats / math.log(2) / size, FLOAT32)
+    assert f"{logged(folder, 'eval_bits_per_byte'):.4f} bits per byte" in capsys.readouterr().out
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    places = {"PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*words, "recipe.yaml", "--output_dir", "run"],
+        cwd=folder, env={**os.environ, **places}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(script: ModuleType, tmp_path: Path) -> None:
+    run(script, "--carry_state")
+    whole = tmp_path / "whole"
+    (tmp_path / "run").rename(whole)
+    (tmp_path / "recipe.yaml").write_text(RECIPE + "carry_state: true\n", "utf-8")
+    process = start(tmp_path, sys.executable, SCRIPT)
+    while not list(tmp_path.glob("run/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    run(script, "--carry_state")
+    assert_identical(load_file("run/model.safetensors"), load_file(whole / "model.safetensors"))
+    for name in ("loss", "eval_nats", "num_input_tokens_seen"):
+        assert logged(tmp_path / "run", name) == logged(whole, name)
+
+
+@pytest.mark.slow
+def test_two_processes_train_to_the_weights_of_one(script: ModuleType, tmp_path: Path) -> None:
+    """Over gloo, by plain gradient descent, for Adam blows up the rounding of gradients that are nearly zero."""
+    recipe = RECIPE.replace("learning_rate: 1.0e-2", "learning_rate: 0.5\noptim: sgd")
+    (tmp_path / "recipe.yaml").write_text(recipe, "utf-8")
+    run(script)
+    (tmp_path / "run").rename(tmp_path / "alone")
+    halves = recipe.replace("train_batch_size: 4", "train_batch_size: 2")
+    (tmp_path / "recipe.yaml").write_text(halves + "ddp_backend: gloo\n", "utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = start(tmp_path, *launch, SCRIPT)
+    out, err = process.communicate()
+    assert process.returncode == 0, out + err
+    assert_same(load_file("run/model.safetensors"), load_file("alone/model.safetensors"), FLOAT32)
+    for name in ("loss", "eval_nats"):
+        assert_same(logged(tmp_path / "run", name), logged(tmp_path / "alone", name), FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--demo"], "Choose one of --dataset, --text and --demo; got text and demo"),
+        (["--model", "nothing.json"], "nothing.json does not exist"),
+        (["--text", "a.jsonl", "b.parquet"], "files of one kind; got"),
+        (["--text", "none.txt"], "`--text` must name files"),
+        (["--text", "rows.jsonl", "--text_column", "body"], "a column `body` is needed; got"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_name(
+    words: list[str], message: str, script: ModuleType, tmp_path: Path
+) -> None:
+    Path("rows.jsonl").write_text('{"text": "a b c"}\n{"text": "d e f"}\n', "utf-8")
+    with pytest.raises(script.WrongInput, match=message):
+        run(script, *words)
+
+
+def test_a_recipe_that_is_missing_or_none_is_refused(script: ModuleType) -> None:
+    with pytest.raises(script.WrongInput, match="There is no recipe"):
+        script.parse(["none.yaml"])
+    Path("list.yaml").write_text("[1, 2]", "utf-8")
+    with pytest.raises(script.WrongInput, match="must hold `flag: value` lines; got list"):
+        script.parse(["list.yaml"])
+
+
+def test_flags_win_over_the_recipe(script: ModuleType) -> None:
+    settings, arguments = script.parse(
+        ["recipe.yaml", "--output_dir", "x", "--block_size", "7", "--learning_rate", "1"]
+    )
+    assert (arguments.block_size, settings.learning_rate, settings.max_steps) == (7, 1.0, 12)
+    assert arguments.text == ["first.txt", "second.txt"]
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(script: ModuleType) -> None:
+    text = script.read_files([Path("first.txt")])
+    tokenizer = script.load_or_train_tokenizer(Path("tokenizer"), text, 320)
+    with pytest.raises(script.WrongInput, match="and the model knows 300"):
+        script.encode(tokenizer, text.train, 300)
+
+
+def test_columns_of_jsonl_and_parquet_are_read_and_some_documents_held_out(script: ModuleType) -> None:
+    from datasets import Dataset
+
+    rows = Dataset.from_dict({"body": [f"document {i}" for i in range(70)] + [" "]})
+    rows.to_json("rows.jsonl")
+    rows.to_parquet("rows.parquet")
+    texts: list[Any] = []
+    for name in ("rows.jsonl", "rows.parquet"):
+        _, arguments = script.parse(["recipe.yaml", "--output_dir", "x", "--text", name, "--text_column", "body"])
+        texts.append(script.read_text(arguments)[:2])
+    assert texts[0] == texts[1]
+    train, held_out = texts[0]
+    assert held_out == ["document 0", "document 32", "document 64"]
+    assert sorted([*train, *held_out]) == sorted(rows["body"][:70])
