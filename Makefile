@@ -1,5 +1,5 @@
 # Every target runs in the environment that is active; CONTRIBUTING.md says how to make one.
-.PHONY: check fix test test-claims test-gpu test-remote bench
+.PHONY: check fix test test-claims test-gpu test-remote kernels bench
 
 check: ## lint, format and types; edits nothing
 	ruff check --no-fix
@@ -21,6 +21,9 @@ test-gpu: ## only what needs a CUDA device
 
 test-remote: ## checkpoints load and run where the package is not importable
 	pytest tests/test_remote_code.py
+
+kernels: ## compile every kernel for every shape, a quarter of an hour; writes the table under docs/
+	python scripts/compile_kernels.py --json docs/kernel_resources_triton_$$(python -c 'import triton; print(triton.__version__)').json
 
 bench: ## every benchmark in scripts/
 	set -e; for script in $(sort $(wildcard scripts/benchmark_*.py)); do python "$$script"; done

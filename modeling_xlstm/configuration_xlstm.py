@@ -162,7 +162,7 @@ class XLSTMConfig(PreTrainedConfig):
         input_gate_bias_mean: mean of the mLSTM input-gate biases at initialisation.
         input_gate_bias_std: standard deviation of the mLSTM input-gate biases at initialisation.
         chunk_size: tokens per chunk of the mLSTM; steers speed and memory, never the result.
-        kernel_backend: "auto", "torch" or "reference"; steers speed, never the result.
+        kernel_backend: "auto", "triton", "torch" or "reference"; steers speed, never the result.
         state_dtype: "float32" or "float64", the least precision of gates and states.
         debug: whether every block's output and state is checked to be finite, with a diagnosis if not; costs time.
         use_cache: whether the model returns its states by default outside training.
@@ -232,7 +232,7 @@ class XLSTMConfig(PreTrainedConfig):
     input_gate_bias_mean: float = -10.0
     input_gate_bias_std: float = 0.0
     chunk_size: int = 64
-    kernel_backend: Literal["auto", "torch", "reference"] = "auto"
+    kernel_backend: Literal["auto", "triton", "torch", "reference"] = "auto"
     state_dtype: Literal["float32", "float64"] = "float32"
     debug: bool = False
     use_cache: bool = True

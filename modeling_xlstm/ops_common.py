@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+# Largest error of a kernel in its self-check, relative to scale: far above rounding, far below a wrong formula.
+AGREEMENT = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def bind_shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
@@ -101,20 +110,119 @@ def log_gates(i_tilde: Tensor, f_tilde: Tensor, input_gate: str) -> tuple[Tensor
     return log_i, f_tilde if input_gate == "exp_both" else F.logsigmoid(f_tilde)
 
 
-def choose_backend(backend: str, available: Mapping[str, bool]) -> str:
-    """Name the worker to run.
+def choose_backend(backend: str, x: Tensor, triton_obstacle: Callable[[], str]) -> str:
+    """Name the worker to run: 'triton', 'torch' or 'reference'.
 
     Args:
-        backend: 'auto' takes the first that can run here; any other name is taken literally.
-        available: the workers of this op, the preferred one first, and whether each can run on the tensors given.
+        backend: 'auto' takes Triton's kernels on a GPU that can run them, else 'torch'; any other name is taken as is.
+        x: a tensor of the call.
+        triton_obstacle: says what keeps the op's Triton kernels from running; empty if nothing does.
 
     Raises:
-        ValueError: the name is unknown, or the worker cannot run here. Nothing is replaced silently.
+        ValueError: the name is unknown, or the worker cannot run here. Nothing asked for by name is replaced.
     """
-    if backend == "auto":
-        return next(name for name, runs in available.items() if runs)
-    if backend not in available:
-        raise ValueError(f"`backend` must be one of {['auto', *available]}; got {backend!r}.")
-    if not available[backend]:
-        raise ValueError(f"`backend={backend!r}` cannot run on these tensors or this device; use 'auto'.")
-    return backend
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {list(BACKENDS)}; got {backend!r}.")
+    # No AMD device has seen these kernels, not even a compiler for one: they are there for who asks by name.
+    if backend == "triton" or (backend == "auto" and x.is_cuda and torch.version.hip is None):
+        obstacle = _machine_obstacle(x.device) or triton_obstacle()
+        if not obstacle:
+            return "triton"
+        if backend == "triton":
+            raise ValueError(f"`backend='triton'` cannot run here: {obstacle}. `backend='auto'` takes what can.")
+        _say_once(f"The Triton kernels of the xLSTM do not run here, PyTorch does their work: {obstacle}.")
+    return "torch" if backend == "auto" else backend
+
+
+def _machine_obstacle(device: torch.device) -> str:
+    """What keeps any Triton kernel from running on a device; empty if nothing does."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "tensors on the CPU need TRITON_INTERPRET=1 in the environment of the process"
+    return _device_obstacle(device)
+
+
+@functools.cache
+def _device_obstacle(device: torch.device) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "the package `triton` is not installed"
+    if device.type not in ("cuda", "cpu"):
+        return f"there are no Triton kernels for a device of type {device.type!r}"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return ""
+
+
+@functools.cache
+def is_small(device: torch.device) -> bool:
+    """Whether a block has less shared memory than on the data centre's GPUs, such as 99 KB on consumers' ones."""
+    if device.type != "cuda":
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block) < 160 * 1024
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
+
+
+def self_check(compare: Callable[[torch.device, torch.dtype], str], device: torch.device, dtype: torch.dtype) -> str:
+    """The result of `compare`, computed when an op's kernels are first used on a device in a dtype.
+
+    The interpreter on the CPU is no device to doubt, and nothing can be compared while a CUDA graph is captured or a
+    model is compiled: the calls before it, which either needs, have done it.
+    """
+    if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return ""
+    return _checked(compare, device, dtype)
+
+
+@functools.cache
+def _checked(compare: Callable[[torch.device, torch.dtype], str], device: torch.device, dtype: torch.dtype) -> str:
+    return compare(device, dtype)
+
+
+def disagreement(
+    run: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], device: torch.device, differentiate: bool
+) -> str:
+    """Compare Triton's kernels with the reference on a device, in all results and gradients.
+
+    Kernels that are right on one device have been wrong on another, some in the backward pass only.
+
+    Args:
+        run: takes "triton" or "reference" and the inputs; returns outputs and states.
+        inputs: tensors in the dtype under test; the reference sees them in float64.
+        device: where to compare.
+        differentiate: whether to compare gradients too.
+
+    Returns:
+        what: empty if they agree. Otherwise it was also given as a warning.
+    """
+    got = _results(run, "triton", [x.to(device) for x in inputs], differentiate)
+    wanted = _results(run, "reference", [x.to(device, torch.float64) for x in inputs], differentiate)
+    errors = [
+        ((x.double() - y.double()).abs().max() / y.double().abs().max()).item()
+        for x, y in zip(got, wanted, strict=True)
+    ]
+    if all(error <= AGREEMENT[inputs[0].dtype] for error in errors):
+        return ""
+    what = (
+        f"on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device} with triton "
+        f"{importlib.metadata.version('triton')} and torch {torch.__version__} they disagree with the reference in "
+        f"{inputs[0].dtype}: errors of outputs, states and gradients relative to scale {[f'{e:.1g}' for e in errors]}"
+    )
+    warnings.warn(f"The Triton kernels of the xLSTM are not used: {what}. Please report it.", stacklevel=2)
+    return what
+
+
+def _results(
+    run: Callable[..., tuple[Tensor, ...]], worker: str, inputs: list[Tensor], differentiate: bool
+) -> list[Tensor]:
+    """All results of a worker, and the gradients of a loss that weighs each entry differently."""
+    xs = [x.detach().requires_grad_(differentiate) for x in inputs]
+    with torch.set_grad_enabled(differentiate):
+        results = run(worker, *xs)
+    if not differentiate:
+        return list(results)
+    weights = (torch.linspace(-1, 1, y.numel(), device=y.device, dtype=y.dtype).view_as(y) for y in results)
+    return [*results, *torch.autograd.grad(results, xs, list(weights))]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ops_common import bind_shapes, check_gates, choose_backend, mark_tokens, without_autocast
+from .ops_common import (
+    bind_shapes,
+    check_gates,
+    choose_backend,
+    disagreement,
+    mark_tokens,
+    self_check,
+    without_autocast,
+)
 from .ops_mlstm_reference import mlstm_chunkwise, mlstm_recurrent
 from .ops_mlstm_torch import mlstm_chunkwise_torch, mlstm_step_torch
 from .states_xlstm import MLSTMState
@@ -43,7 +52,7 @@ def mlstm(
         eps: added to the normaliser, dimensionless; 1e-6 in the published checkpoints.
         input_gate: 'exp' (paper), 'sigmoid' (bounded by 1; the stabiliser then stays at its start) or 'exp_both', where
             the forget gate is exponential too.
-        backend: 'auto', 'torch' or 'reference'.
+        backend: 'auto', 'triton', 'torch' or 'reference'; see docs/kernels.md.
 
     Returns:
         h: cell output, [B, T, H, V], in the dtype of `v`; zero after the real tokens of a row.
@@ -51,7 +60,7 @@ def mlstm(
 
     Raises:
         ValueError: shapes, devices or kinds of numbers disagree, T is 0, `chunk_size` is below 1, the backend or gate
-            is unknown, or a `reset` meets 'exp_both'.
+            is unknown, a `reset` meets 'exp_both', or the backend asked for cannot run on these tensors.
     """
     given = MLSTMState(None, None, None) if state is None else state  # type: ignore[arg-type]
     size = bind_shapes(
@@ -72,18 +81,52 @@ def mlstm(
         raise ValueError(
             "`reset` needs a forget gate of at most 1; got input_gate='exp_both'. Run documents one by one."
         )
-    chosen = choose_backend(backend, {"torch": True, "reference": True})
+    variant = "" if input_gate != "exp_both" else "no kernel has input_gate='exp_both'"
+    chosen = choose_backend(backend, q, lambda: variant or _triton_obstacle(q, k, v, state))
     if padded is not None:
         # A padded token writes nothing and forgets nothing, so padding cannot reach the state.
         i_tilde = i_tilde.masked_fill(padded[..., None], -torch.inf)
         f_tilde = f_tilde.masked_fill(padded[..., None], 0.0 if input_gate == "exp_both" else torch.inf)
     options: dict[str, Any] = {"reset": reset, "eps": eps, "input_gate": input_gate}
     with without_autocast(q.device):
-        if size["T"] == 1:
+        if size["T"] == 1 and chosen != "triton":
             step = mlstm_step_torch if chosen == "torch" else mlstm_recurrent
             h, state = step(q, k, v, i_tilde, f_tilde, state, **options)
         else:
-            worker = mlstm_chunkwise_torch if chosen == "torch" else mlstm_chunkwise
-            h, state = worker(q, k, v, i_tilde, f_tilde, state, chunk_size=chunk_size, **options)
+            h, state = _worker(chosen)(q, k, v, i_tilde, f_tilde, state, chunk_size=chunk_size, **options)
     h = h.to(v.dtype)
     return h if padded is None else h.masked_fill(padded[..., None, None], 0.0), state
+
+
+def _worker(name: str) -> Callable[..., tuple[Tensor, MLSTMState]]:
+    if name == "triton":
+        # Here, because Triton may be absent and takes a second to import.
+        from .ops_mlstm_triton import mlstm_chunkwise_triton
+
+        return mlstm_chunkwise_triton
+    return {"torch": mlstm_chunkwise_torch, "reference": mlstm_chunkwise}[name]
+
+
+def _triton_obstacle(q: Tensor, k: Tensor, v: Tensor, state: MLSTMState | None) -> str:
+    """What keeps Triton's kernels from this call; empty if nothing does."""
+    from .ops_mlstm_triton import mlstm_sizes_obstacle
+
+    return mlstm_sizes_obstacle(q, k, v, state) or self_check(_compare, v.device, v.dtype)
+
+
+def _compare(device: torch.device, dtype: torch.dtype) -> str:
+    """How the kernels disagree with the reference, for a sequence and for one token; empty if they agree."""
+    random = torch.Generator().manual_seed(0)
+    B, T, H, K, V = 1, 75, 2, 64, 64
+    tokens = [torch.randn(B, T, H, size, generator=random) for size in (K, K, V, 1, 1)]
+    state = [torch.randn(B, H, *size, generator=random) for size in ((K, V), (K,), ())]
+
+    def run(worker: str, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        gates = i.squeeze(-1), f.squeeze(-1) + 2.0
+        options = {"chunk_size": 32, "eps": 1e-6, "input_gate": "exp"}
+        h, after = _worker(worker)(q, k, v, *gates, MLSTMState(*state), **options)
+        return h, *after
+
+    return disagreement(run, [x.to(dtype) for x in (*tokens, *state)], device, True) or disagreement(
+        run, [*(x[:, :1].to(dtype) for x in tokens), *(x.to(dtype) for x in state)], device, False
+    )

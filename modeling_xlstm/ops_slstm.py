@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from .ops_common import bind_shapes, check_gates, choose_backend, mark_tokens, without_autocast
+from .ops_common import (
+    bind_shapes,
+    check_gates,
+    choose_backend,
+    disagreement,
+    mark_tokens,
+    self_check,
+    without_autocast,
+)
 from .ops_slstm_reference import slstm_recurrent
 from .ops_slstm_torch import slstm_recurrent_torch
 from .states_xlstm import SLSTMState
@@ -40,14 +52,15 @@ def slstm(
         reset: True at the first token of a new document, [B, T]; the state returns to zeros before that token.
         input_gate: 'exp' (paper), 'sigmoid' or 'exp_both', where the forget gate is exponential too.
         output_tanh: whether h is o * tanh(c / n) instead of o * c / n (paper).
-        backend: 'auto', 'torch' or 'reference'.
+        backend: 'auto', 'triton', 'torch' or 'reference'; see docs/kernels.md.
 
     Returns:
         h: cell output, [B, T, H, P], in the dtype of `i_tilde`; zero after the real tokens of a row.
         state: state after the last real token, float32 or wider; the one passed in is not modified.
 
     Raises:
-        ValueError: shapes, devices or kinds of numbers disagree, T is 0, or the backend or gate is unknown.
+        ValueError: shapes, devices or kinds of numbers disagree, T is 0, the backend or gate is unknown, or the backend
+            asked for cannot run on these tensors.
     """
     given = SLSTMState(None, None, None, None) if state is None else state  # type: ignore[arg-type]
     size = bind_shapes(
@@ -63,21 +76,50 @@ def slstm(
     )
     padded, reset = mark_tokens(size["T"], size["B"], lengths, reset, i_tilde.device)
     check_gates(input_gate)
-    chosen = choose_backend(backend, {"torch": True, "reference": True})
-    # For one token nothing is faster than the definition.
-    worker = slstm_recurrent_torch if chosen == "torch" and size["T"] > 1 else slstm_recurrent
+    variant = (
+        "" if input_gate != "exp_both" and not output_tanh else "no kernel has input_gate='exp_both' or output_tanh"
+    )
+    chosen = choose_backend(backend, i_tilde, lambda: variant or _triton_obstacle(i_tilde, recurrent, state))
+    # For one token nothing in PyTorch is faster than the definition.
+    worker = _worker("reference" if chosen == "torch" and size["T"] == 1 else chosen)
+    options: dict[str, Any] = {"lengths": lengths, "reset": reset, "input_gate": input_gate}
+    options |= {"output_tanh": True} if output_tanh else {}
     with without_autocast(i_tilde.device):
-        h, state = worker(
-            i_tilde,
-            f_tilde,
-            z_tilde,
-            o_tilde,
-            recurrent,
-            state,
-            lengths=lengths,
-            reset=reset,
-            input_gate=input_gate,
-            output_tanh=output_tanh,
-        )
+        h, state = worker(i_tilde, f_tilde, z_tilde, o_tilde, recurrent, state, **options)
     h = h.to(i_tilde.dtype)
     return h if padded is None else h.masked_fill(padded[..., None, None], 0.0), state
+
+
+def _worker(name: str) -> Callable[..., tuple[Tensor, SLSTMState]]:
+    if name == "triton":
+        # Here, because Triton may be absent and takes a second to import.
+        from .ops_slstm_triton import slstm_recurrent_triton
+
+        return slstm_recurrent_triton
+    return {"torch": slstm_recurrent_torch, "reference": slstm_recurrent}[name]
+
+
+def _triton_obstacle(x: Tensor, recurrent: Tensor, state: SLSTMState | None) -> str:
+    """What keeps Triton's kernels from this call; empty if nothing does."""
+    from .ops_slstm_triton import slstm_sizes_obstacle
+
+    return slstm_sizes_obstacle(x, recurrent, state) or self_check(_compare, x.device, x.dtype)
+
+
+def _compare(device: torch.device, dtype: torch.dtype) -> str:
+    """How the kernels disagree with the reference: heads of one program, of several, one token; empty if they agree."""
+    random = torch.Generator().manual_seed(0)
+
+    def run(worker: str, x: Tensor, R: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        options = {"lengths": None, "reset": None, "input_gate": "exp"}
+        h, after = _worker(worker)(*x.unbind(2), R, SLSTMState(*state), **options)
+        return h, *after
+
+    for T, P, differentiate in ((9, 32, True), (3, 144, True), (1, 32, False)):
+        x = torch.randn(2, T, 4, 1, P, generator=random)
+        R = torch.randn(4, 1, P, P, generator=random) * P**-0.5
+        c, n, m, h = torch.randn(4, 2, 1, P, generator=random)
+        inputs = [y.to(dtype) for y in (x, R, c, 1 + n.abs(), m, h)]
+        if what := disagreement(run, inputs, device, differentiate):
+            return what
+    return ""

@@ -45,7 +45,7 @@ class Contest(NamedTuple):
 
 def neurips_models() -> tuple[XLSTMForCausalLM, Any]:
     """Ours and the official NeurIPS model, with the same weights."""
-    from xlstm import (  # type: ignore[import-not-found]
+    from xlstm import (
         FeedForwardConfig,
         mLSTMBlockConfig,
         mLSTMLayerConfig,
@@ -201,7 +201,7 @@ def neurips_decoding(B: int) -> Contest:
 
 
 def mlstm_op(K: int, V: int, backward: bool) -> Contest:
-    from mlstm_kernels.torch.chunkwise.native import (  # type: ignore[import-not-found]
+    from mlstm_kernels.torch.chunkwise.native import (
         mlstm_chunkwise__native_autograd as kernel,
     )
 

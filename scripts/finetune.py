@@ -86,6 +86,9 @@ def encode(row: dict[str, Any], tokenizer: Any, longest: int | None) -> dict[str
 
 def tune_states(model: Any, tokenizer: Any, rows: Dataset, settings: SFTConfig) -> None:
     """Train the states only, and write them."""
+    for name in ("packing", "padding_free", "assistant_only_loss"):
+        if getattr(settings, name):
+            raise WrongInput(f"`--{name}` does not apply to --method state, where every row starts from the states.")
     examples = [encode(row, tokenizer, settings.max_length) for row in rows]
     tuner = StateTuner(model, [tokenizer.eos_token_id])
     trained = sum(x.numel() for x in tuner.parameters() if x.requires_grad)

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from quickstart import read_standard_library
+from corpus import read_standard_library
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoTokenizer

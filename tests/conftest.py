@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import tempfile
+from collections.abc import Iterator
 
 # Read once, when Transformers is first imported, and inherited by the processes that tests start.
 _modules_cache = tempfile.TemporaryDirectory(prefix="xlstm_tests_")
@@ -20,6 +22,9 @@ import torch  # noqa: E402
 
 # The tensors of the tests are small: more threads only wait for each other.
 torch.set_num_threads(1)
+# Read when the kernels are imported: without a GPU Triton's interpreter runs them on the CPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class _TorchRandom:
@@ -49,6 +54,18 @@ def gpu() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("waits for a machine with a CUDA device")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def kernel_device() -> Iterator[torch.device]:
+    """Where Triton kernels run: a GPU, or the CPU through Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("waits for a machine that Triton is made for")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # On the CPU this fills memory that nobody has written to with NaN: a kernel that leaves a hole is found.
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    yield device
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

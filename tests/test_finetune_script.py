@@ -88,9 +88,30 @@ def test_of_a_prompt_nothing_is_learnt(script: ModuleType) -> None:
     assert script.encode(ROWS["completion"], word_tokenizer(), 2) == {"input_ids": [5, 6], "labels": [-100, -100]}
 
 
+def test_of_a_chat_the_answers_alone_can_be_learnt(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    marked = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} {% endgeneration %}"
+        "{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
+    )
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = marked
+    tokenizer.save_pretrained("base")
+    seen: list[Any] = []
+    compute_loss = script.SFTTrainer.compute_loss
+
+    def keep(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(inputs["labels"][0].tolist())
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(script.SFTTrainer, "compute_loss", keep)
+    tune(script, "--data", "messages.jsonl", "--method", "full", "--max_steps", "1", "--assistant_only_loss", "true")
+    assert seen[0] == [-100, -100, 7, 8]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--data", "text.jsonl", "--method", "state", "--packing", "true"], "`--packing` does not apply to --method"),
         (["--data", "none.jsonl"], "`--data` must name files; got none.jsonl"),
         (["--method", "full"], "`--data` must name files; got none"),
         (["--data", "other.jsonl"], r"must hold `text`, `prompt` and `completion`, or `messages`; got \['body'\]"),

@@ -1,0 +1,212 @@
+"""The sLSTM in Triton kernels: a sequence with exact gradients, or one token."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .ops_common import is_small
+from .ops_slstm_triton_kernels import (
+    _slstm_recurrent_bwd_kernel,
+    _slstm_recurrent_bwd_step_kernel,
+    _slstm_recurrent_fwd_kernel,
+    _slstm_recurrent_fwd_step_kernel,
+)
+from .states_xlstm import SLSTMState
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("The Triton kernels need the package `triton`; `backend='auto'` does without it.") from error
+
+LARGEST_P = 512
+
+
+def slstm_sizes_obstacle(x: Tensor, recurrent: Tensor, state: SLSTMState | None) -> str:
+    """Why the kernels cannot take these tensors; empty if they can."""
+    P = x.shape[-1]
+    if P % 16 or P > LARGEST_P:
+        return f"the head dim must be a multiple of 16 up to P = {LARGEST_P}; got P = {P}"
+    wide = {y.dtype for y in (x, recurrent, *(state or ()))} - {torch.float32, torch.bfloat16, torch.float16}
+    if wide:
+        return f"tensors and states must be float32, bfloat16 or float16; got {', '.join(sorted(map(str, wide)))}"
+    return ""
+
+
+class _Sizes(NamedTuple):
+    """Sizes of one call.
+
+    Attributes:
+        B, T, H, P: as everywhere.
+        whole: whether one program holds a head's recurrent weights and runs the whole sequence.
+        options: what every kernel takes.
+    """
+
+    B: int
+    T: int
+    H: int
+    P: int
+    whole: bool
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, x: Tensor, R: Tensor, lengths: Tensor | None, reset: Tensor | None, sigmoid: bool) -> _Sizes:
+        """The sizes of a call; nothing that is compiled depends on B or T."""
+        B, T, H, P = x.shape
+        half = x.dtype == R.dtype == torch.bfloat16
+        widest = 64 if is_small(x.device) else 128
+        whole = T > 1 and P * (1 if half else 2) <= widest
+        options: dict[str, Any] = {
+            "H": H,
+            "P": P,
+            "BB": 16,
+            "SIGMOID": sigmoid,
+            "PADDED": lengths is not None,
+            "RESET": reset is not None,
+            # As in the mLSTM's kernels: float16 products run in TensorFloat-32, which has their digits and more range.
+            "DOT": tl.bfloat16 if half else tl.float32,
+            "PRECISION": "tf32" if x.dtype == torch.float16 else "ieee" if torch.version.hip else "tf32x3",
+        }
+        if whole:
+            # One stage: what tokens are read ahead must not take the weights' place.
+            options |= {"BP": triton.next_power_of_2(P), "num_stages": 1, "num_warps": 8 if P > 64 or not half else 4}
+        else:
+            options |= {"BP": min(triton.next_power_of_2(P), 64), "BU": min(triton.next_power_of_2(P), 32)}
+        return cls(B, T, H, P, whole, options)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Heads, or blocks of their channels, times tiles of rows."""
+        blocks = 1 if self.whole else triton.cdiv(self.P, self.options["BU"])
+        return self.H * blocks, triton.cdiv(self.B, self.options["BB"])
+
+
+def _forward(
+    x: tuple[Tensor, ...], R: Tensor, state: tuple[Tensor, ...], marks: tuple[Tensor, ...], size: _Sizes, save: bool
+) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
+    """Run all tokens.
+
+    Args:
+        x: the four gates' pre-activations without their recurrent part, each [B, T, H, P].
+        R: recurrent weights, [4, H, P, P].
+        state: c, n, m, h before the first token, each [B, H, P].
+        marks: lengths [B] and resets [B, T], or any tensor where there are none.
+        size: sizes of the call.
+        save: whether to keep what the backward pass needs.
+
+    Returns:
+        h: of every token, [B, T, H, P].
+        saved: pre-activations [4, B, T, H, P] and c, n, m, each [B, T, H, P]; empty if not asked for.
+        state: c, n, m, h after the last real token.
+    """
+    h = torch.empty_like(x[0])
+    shape = (size.B, size.T, size.H, size.P) if save else (0,)
+    saved = [state[0].new_empty(4, *shape), *(state[0].new_empty(shape) for _ in range(3))]
+    after = tuple(torch.empty_like(s) for s in state)
+    if size.whole:
+        _slstm_recurrent_fwd_kernel[size.grid](
+            *x, R, *state, *marks, h, *saved, *after, size.B, size.T, SAVE=save, **size.options
+        )
+        return h, saved, after
+    other = tuple(torch.empty_like(s) for s in state) if size.T > 1 else after
+    for t in range(size.T):
+        _slstm_recurrent_fwd_step_kernel[size.grid](
+            *x, R, *state, *marks, h, *saved, *after, size.B, size.T, t, SAVE=save, **size.options
+        )
+        # The state given is never written to: the two new ones take turns.
+        state, after, other = after, other if t == 0 else state, other
+    return h, saved, state
+
+
+class _SLSTM(torch.autograd.Function):
+    """The four gates, R and the first state to h [B, T, H, P] and the state after each row's last real token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_i: Tensor, x_f: Tensor, x_z: Tensor, x_o: Tensor, R: Tensor, c: Tensor, n: Tensor, m: Tensor,
+        h: Tensor, lengths: Tensor | None, reset: Tensor | None, sigmoid: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        size = _Sizes.of(x_i, R, lengths, reset, sigmoid)
+        marks = (c if lengths is None else lengths, c if reset is None else reset)
+        h_all, saved, after = _forward((x_i, x_f, x_z, x_o), R, (c, n, m, h), marks, size, True)
+        ctx.save_for_backward(R, c, n, m, h, *marks, h_all, *saved, *after[:2])
+        ctx.size = size
+        ctx.set_materialize_grads(False)
+        return h_all, *after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh_all: Tensor | None, *d_last: Tensor | None) -> tuple[Tensor | None, ...]:
+        R, c, n, m, h, lengths, reset, h_all, gates, c_all, n_all, m_all, c_last, n_last = ctx.saved_tensors
+        size, marks = ctx.size, (lengths, reset)
+        dh_all = torch.zeros_like(h_all) if dh_all is None else dh_all.contiguous()
+        dc, dn, dm, dh = (torch.zeros_like(c) if d is None else d.contiguous() for d in d_last)
+        # With c exp(m) and n exp(m) held, the last m also scales the last c and n.
+        ends = dc, dn, dm - c_last * dc - n_last * dn, dh
+        saved, first = (gates, c_all, n_all, m_all), (c, n, m)
+        dgates, (dc, dn, dm, dh) = _backward(dh_all, R, marks, saved, first, ends, size)
+        h_before = torch.cat([h[:, None].to(h_all.dtype), h_all[:, :-1]], 1)
+        if size.options["RESET"]:
+            h_before = h_before.masked_fill(reset[..., None, None], 0.0)
+        dtype = torch.promote_types(h_before.dtype, R.dtype)
+        dR = torch.einsum("gbtho,bthi->ghoi", dgates.to(dtype), h_before.to(dtype)).to(R.dtype)
+        return *dgates.unbind(0), dR, dc, dn, dm + c * dc + n * dn, dh, None, None, None
+
+
+def _backward(
+    dh_all: Tensor, R: Tensor, marks: tuple[Tensor, ...], saved: tuple[Tensor, ...], first: tuple[Tensor, ...],
+    ends: tuple[Tensor, ...], size: _Sizes,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """Run the tokens backwards: gradients of the pre-activations, [4, B, T, H, P], and of the state before them."""
+    dgates = dh_all.new_empty(4, *dh_all.shape)
+    if size.whole:
+        d_first = tuple(torch.empty_like(d) for d in ends)
+        _slstm_recurrent_bwd_kernel[size.grid](
+            dh_all, R, *marks, *saved, *first, *ends, dgates, *d_first, size.B, size.T, **size.options
+        )
+        return dgates, d_first
+    d_first = (*(d.clone() for d in ends[:3]), torch.empty_like(ends[3]))
+    for t in range(size.T - 1, -2, -1):
+        _slstm_recurrent_bwd_step_kernel[size.grid](
+            dh_all, R, *marks, *saved, *first, *d_first[:3], ends[3], dgates, d_first[3], size.B, size.T, t,
+            **size.options,
+        )  # fmt: skip
+    return dgates, d_first
+
+
+def slstm_recurrent_triton(
+    i_tilde: Tensor,
+    f_tilde: Tensor,
+    z_tilde: Tensor,
+    o_tilde: Tensor,
+    recurrent: Tensor,
+    state: SLSTMState | None,
+    *,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    input_gate: str,
+) -> tuple[Tensor, SLSTMState]:
+    """All tokens of a sequence. Arguments and results as in `ops_slstm.slstm`; can be differentiated once."""
+    B, T, H, P = i_tilde.shape
+    dtype = torch.promote_types(
+        torch.promote_types(i_tilde.dtype, f_tilde.dtype), torch.promote_types(z_tilde.dtype, o_tilde.dtype)
+    )
+    x = tuple(g.to(dtype).contiguous() for g in (i_tilde, f_tilde, z_tilde, o_tilde))
+    if state is None:
+        state = SLSTMState.zeros(B, H, P, like=x[0].new_empty((), dtype=torch.float32))
+    first = tuple(s.to(torch.float32).contiguous() for s in state)
+    R = recurrent.contiguous()
+    lengths = None if lengths is None else lengths.to(x[0].device, torch.int32).clamp(max=T)
+    reset = None if reset is None else reset.contiguous()
+    sigmoid = input_gate == "sigmoid"
+    if torch.is_grad_enabled() and any(y.requires_grad for y in (*x, R, *first)):
+        h, *after = _SLSTM.apply(*x, R, *first, lengths, reset, sigmoid)
+    else:
+        size = _Sizes.of(x[0], R, lengths, reset, sigmoid)
+        marks = (first[0] if lengths is None else lengths, first[0] if reset is None else reset)
+        h, _, after = _forward(x, R, first, marks, size, False)
+    return h, SLSTMState(*after)

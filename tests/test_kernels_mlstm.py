@@ -1,0 +1,175 @@
+"""The mLSTM's Triton kernels against the definition in float64: on a GPU, or on the CPU through Triton's interpreter.
+
+The interpreter computes bfloat16 wrongly and is slow, so everything here is float32 and small.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from inputs import mlstm_inputs, mlstm_state, outputs_and_gradients
+from tolerances import FLOAT32, assert_identical, assert_same
+from torch import Tensor
+
+from modeling_xlstm import MLSTMState, mlstm
+from modeling_xlstm.ops_common import disagreement
+from modeling_xlstm.ops_mlstm import _compare
+
+pytestmark = pytest.mark.usefixtures("kernel_device")
+
+
+def narrow(tensors: Any, device: torch.device) -> list[Tensor]:
+    """Leaves in float32."""
+    return [x.detach().to(device, torch.float32).requires_grad_() for x in tensors]
+
+
+def assert_kernels_equal_the_definition(
+    xs: list[Tensor], state: MLSTMState | None, device: torch.device, reset: Tensor | None = None, **options: Any
+) -> None:
+    """Outputs, states and all gradients; inputs are rounded to float32 first."""
+    results = []
+    given = narrow([*xs, *(state or ())], device)
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+        before = MLSTMState(*leaves[5:]) if state else None
+        reset = None if reset is None else reset.to(device)
+        h, after = mlstm(*leaves[:5], before, reset=reset, backend=backend, **options)
+        h, after, gradients = outputs_and_gradients(h, after, leaves)
+        results.append([x.double() for x in (h, *after, *gradients)])
+    assert_same(*results, FLOAT32)
+
+
+@pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
+@pytest.mark.parametrize(
+    ("T", "K", "V", "chunk_size", "resets"),
+    [(1, 16, 16, 16, False), (11, 16, 32, 64, True), (37, 16, 16, 16, True), (49, 32, 16, 32, False)],
+    ids=str,
+)
+def test_the_kernels_equal_the_definition_with_states_and_all_gradients(
+    T: int, K: int, V: int, chunk_size: int, resets: bool, input_gate: str, kernel_device: torch.device
+) -> None:
+    reset = torch.rand(2, T) < 0.15 if resets else None
+    options: dict[str, Any] = {"chunk_size": chunk_size, "eps": 0.05, "input_gate": input_gate}
+    inputs = mlstm_inputs(T, 2, 1, K, V), mlstm_state(2, 1, K, V)
+    assert_kernels_equal_the_definition(*inputs, kernel_device, reset, **options)
+
+
+@pytest.mark.parametrize(("K", "V"), [(48, 16), (80, 80)], ids=str)
+def test_channels_in_several_and_partly_filled_blocks(K: int, V: int, kernel_device: torch.device) -> None:
+    assert_kernels_equal_the_definition(mlstm_inputs(21, 1, 2, K, V), None, kernel_device, chunk_size=16)
+
+
+@pytest.mark.parametrize("chunk_size", [64, 128])
+def test_chunks_of_several_tiles(chunk_size: int, kernel_device: torch.device) -> None:
+    reset = torch.zeros(1, 75, dtype=torch.bool)
+    reset[:, [0, 40, 64]] = True
+    inputs = mlstm_inputs(75, 1, 1, 16, 16), mlstm_state(1, 1, 16, 16)
+    assert_kernels_equal_the_definition(*inputs, kernel_device, reset, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("i_tilde", [-80.0, 80.0])
+@pytest.mark.parametrize("f_tilde", [-80.0, 80.0])
+def test_extreme_gates_stay_finite_and_right(i_tilde: float, f_tilde: float, kernel_device: torch.device) -> None:
+    xs = mlstm_inputs(21, 1, 1, 16, 16, gate_std=1.0)
+    given = narrow([*xs[:3], xs[3] + i_tilde, xs[4] + f_tilde], kernel_device)
+    h, state = mlstm(*given, chunk_size=16, backend="triton")
+    expected = mlstm(*(x.double() for x in given), backend="reference")
+    assert_same((h.double(), [x.double() for x in state]), (expected[0], list(expected[1])), FLOAT32)
+    gradients = torch.autograd.grad(h.square().sum() + state.C.sum() + state.m.sum(), given)
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_padding_changes_no_real_token_no_state_and_no_gradient(kernel_device: torch.device) -> None:
+    xs, state = narrow(mlstm_inputs(19, 2, 1, 16, 16), kernel_device), narrow(mlstm_state(2, 1, 16, 16), kernel_device)
+    lengths = [13, 0]
+    options: dict[str, Any] = {"chunk_size": 16, "backend": "triton"}
+    h, after = mlstm(*xs, MLSTMState(*state), lengths=torch.tensor(lengths, device=kernel_device), **options)
+    alone, end = mlstm(*(x[:1, :13] for x in xs), MLSTMState(*(x[:1] for x in state)), **options)
+    assert_same((h[:1, :13], [x[:1] for x in after]), (alone, list(end)))
+    assert_same([x[1] for x in after], [x[1] for x in state])
+    gradients = torch.autograd.grad(h.sum() + after.C.sum(), xs)
+    for row, length in enumerate(lengths):
+        assert not h[row, length:].any()
+        assert all(not g[row, length:].any() for g in gradients)
+
+
+@pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
+def test_one_token_after_the_other_equals_the_sequence(input_gate: str, kernel_device: torch.device) -> None:
+    xs = [x.detach() for x in narrow(mlstm_inputs(5, 2, 2, 48, 80), kernel_device)]
+    reset = torch.tensor([[False, False, True, False, False], [False] * 5], device=kernel_device)
+    options: dict[str, Any] = {"input_gate": input_gate, "backend": "triton"}
+    expected = mlstm(*xs, reset=reset, **options)
+    state, outputs = None, []
+    for t in range(5):
+        h, state = mlstm(*(x[:, t : t + 1] for x in xs), state, reset=reset[:, t : t + 1], **options)
+        outputs.append(h)
+    assert_same((torch.cat(outputs, 1), state), expected)
+
+
+def test_the_state_passed_in_is_not_modified(kernel_device: torch.device) -> None:
+    state = MLSTMState(*(x.detach() for x in narrow(mlstm_state(2, 1, 16, 16), kernel_device)))
+    before = [x.clone() for x in state]
+    for T in (1, 5):
+        mlstm(*narrow(mlstm_inputs(T, 2, 1, 16, 16), kernel_device), state, backend="triton")
+        with torch.no_grad():
+            mlstm(*narrow(mlstm_inputs(T, 2, 1, 16, 16), kernel_device), state, backend="triton")
+    assert_identical(list(state), before)
+
+
+def test_inputs_are_read_where_projections_leave_them(kernel_device: torch.device) -> None:
+    """Slices of one projection, tensors with heads before tokens, and rows that are one row in memory."""
+    q, k, v, *gates = (x.detach() for x in narrow(mlstm_inputs(9, 2, 2, 16, 16), kernel_device))
+    expected = mlstm(q, k, v, *gates, backend="triton")
+    slices = torch.cat([x.flatten(2) for x in (q, k, v)], -1).chunk(3, -1)
+    assert_identical(mlstm(*(x.unflatten(-1, (2, 16)) for x in slices), *gates, backend="triton"), expected)
+    moved = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    assert_identical(mlstm(*moved, *gates, backend="triton"), expected)
+    rows = [x[:1].expand(2, *x.shape[1:]) for x in (q, k, v, *gates)]
+    h, _ = mlstm(*rows, backend="triton")
+    assert_identical(h[1], expected[0][0])
+
+
+@pytest.mark.parametrize(
+    ("K", "V", "dtype", "message"),
+    [
+        (24, 16, torch.float32, "multiples of 16"),
+        (16, 1040, torch.float32, "V = 1024"),
+        (16, 16, torch.float64, "must be float32"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_cannot_take_is_refused_by_name_and_computed_under_auto(
+    K: int, V: int, dtype: torch.dtype, message: str, kernel_device: torch.device
+) -> None:
+    xs = [x.detach().to(kernel_device, dtype) for x in mlstm_inputs(3, 1, 1, K, V)]
+    with pytest.raises(ValueError, match=message):
+        mlstm(*xs, backend="triton")
+    assert_identical(mlstm(*xs), mlstm(*xs, backend="torch"))
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        mlstm(*(x.float() for x in mlstm_inputs(3, 1, 1, 16, 16)), backend="triton")
+
+
+def test_auto_never_takes_the_interpreter() -> None:
+    xs = [x.detach().float() for x in mlstm_inputs(9, 1, 1, 16, 16)]
+    assert_identical(mlstm(*xs), mlstm(*xs, backend="torch"))
+
+
+def test_the_self_check_passes(kernel_device: torch.device) -> None:
+    assert _compare(kernel_device, torch.float32) == ""
+
+
+def test_the_self_check_finds_a_backward_pass_that_is_wrong_where_the_forward_pass_is_right() -> None:
+    def run(worker: str, x: Tensor) -> tuple[Tensor, ...]:
+        detached = x.detach() if worker == "triton" else x
+        return (x * detached,)
+
+    x = torch.rand(4) + 1
+    with pytest.warns(UserWarning, match="disagree with the reference"):
+        assert "on cpu with triton" in disagreement(run, [x], torch.device("cpu"), True)
+    assert disagreement(run, [x], torch.device("cpu"), False) == ""
