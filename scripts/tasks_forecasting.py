@@ -144,6 +144,7 @@ def main() -> None:
                 line = forecasts[name, kind][::HORIZON].flatten()
                 axes.plot(months[-JUDGED:][: len(line)], line, linewidth=1, alpha=0.8, label=kind)
             axes.set(title=name, xlabel="month")
+            axes.margins(y=0.2)
             axes.legend(ncols=5, fontsize="small")
 
     report.write(plot, (8.0, 3.0 * len(options.tasks)))

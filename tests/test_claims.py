@@ -9,6 +9,8 @@ from checkout import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import tasks_digits
+import tasks_forecasting
 import tasks_recall
 import tasks_state_tracking
 
@@ -35,3 +37,17 @@ def test_mlstm_blocks_recall_what_an_lstm_of_equal_width_forgets() -> None:
     assert mlstm["16 pairs"] >= 0.85
     assert lstm["8 pairs"] < 0.3
     assert mlstm["CPU seconds"] + lstm["CPU seconds"] < 10 * MINUTES
+
+
+def test_carbon_dioxide_is_forecast_better_than_by_the_value_of_a_year_before() -> None:
+    naive, _ = tasks_forecasting.measure("naive", "co2", seed=0)
+    row, _ = tasks_forecasting.measure("xlstm", "co2", seed=0)
+    assert row["mean absolute error"] < 0.7 * naive["mean absolute error"]
+    assert row["CPU seconds"] < 5 * MINUTES
+
+
+def test_a_mixture_reads_digits_pixel_by_pixel_about_as_well_as_nn_lstm() -> None:
+    ours, theirs = (tasks_digits.measure(kind, seed=0) for kind in ("xlstm", "lstm"))
+    assert ours["held out"] >= 0.85
+    assert ours["held out"] >= theirs["held out"] - 0.03
+    assert ours["CPU seconds"] < 10 * MINUTES
