@@ -103,9 +103,10 @@ def _stabilisers(
         kept = m[..., None] * (torch.ones_like(own) if cut is None else cut).cumprod(-1)
         return torch.cat([m[..., None], kept[..., :-1]], -1), kept[..., -1]
     if cut is None:
-        # Sums over a whole sequence lose digits that differences between neighbours need.
-        total = F.pad(decay.double().cumsum(-1), (1, 0))
-        highest = torch.cat([m[..., None].double(), own.double() - total[..., 1:]], -1).cummax(-1).values
+        # Sums over a whole sequence lose digits that differences between neighbours need; Apple's GPUs have no more.
+        wide = m.dtype if m.device.type == "mps" else torch.float64
+        total = F.pad(decay.to(wide).cumsum(-1), (1, 0))
+        highest = torch.cat([m[..., None].to(wide), own.to(wide) - total[..., 1:]], -1).cummax(-1).values
         kept = (highest + total).to(m.dtype)
         return kept[..., :-1], kept[..., -1]
     before = []

@@ -13,9 +13,9 @@ from inputs import mlstm_inputs, mlstm_state, outputs_and_gradients
 from tolerances import FLOAT32, assert_identical, assert_same
 from torch import Tensor
 
-from modeling_xlstm import MLSTMState, mlstm
+from modeling_xlstm import MLSTMState, mlstm, ops_mlstm_torch
 from modeling_xlstm.ops_mlstm_reference import mlstm_chunkwise, mlstm_parallel, mlstm_recurrent
-from modeling_xlstm.ops_mlstm_torch import mlstm_chunkwise_torch
+from modeling_xlstm.ops_mlstm_torch import mlstm_chunkwise_torch, mlstm_step_torch
 
 BOUNDED_GATES = st.sampled_from(["exp", "sigmoid"])  # a forget gate of at most 1, which resets need
 GATES = BOUNDED_GATES | st.just("exp_both")
@@ -47,6 +47,31 @@ def test_every_form_equals_the_recurrent_one_with_states_and_all_gradients(
         worker = mlstm_chunkwise if form == "chunkwise" else mlstm_chunkwise_torch
         actual = run(worker, xs, state, chunk_size=chunk_size, **options)
     assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("block", [1, 48, 100, 150, 216])
+@pytest.mark.parametrize("resets", [False, True])
+def test_what_is_computed_together_never_changes_the_result(
+    block: int, resets: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One chunk of one head at a time, two chunks, all of a row, two rows, all rows of a head, or everything."""
+    xs, state = mlstm_inputs(10, B=3), mlstm_state(B=3)
+    reset = torch.rand(3, 10) < 0.3 if resets else None
+    results = []
+    for size in (ops_mlstm_torch.BLOCK, block):
+        monkeypatch.setattr(ops_mlstm_torch, "BLOCK", size)
+        results.append(run(mlstm, xs, state, reset=reset, chunk_size=4))
+    assert_same(*results)
+
+
+@given(input_gate=GATES, eps=EPS, fresh=st.booleans(), resets=st.booleans())
+def test_one_token_equals_the_definition_with_states_and_all_gradients(
+    input_gate: str, eps: float, fresh: bool, resets: bool
+) -> None:
+    xs, state = mlstm_inputs(1), None if fresh else mlstm_state()
+    reset = torch.tensor([[True], [False]]) if resets and input_gate != "exp_both" else None
+    options: dict[str, Any] = {"reset": reset, "eps": eps, "input_gate": input_gate}
+    assert_same(run(mlstm_step_torch, xs, state, **options), run(mlstm_recurrent, xs, state, **options))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
