@@ -117,22 +117,22 @@ class XLSTMModel(XLSTMPreTrainedModel):
         if sum(x is not None for x in given.values()) != 1:
             raise ValueError(f"Pass exactly one of {', '.join(f'`{name}`' for name in given)}.")
         name, x = next((name, x) for name, x in given.items() if x is not None)
-        reader: nn.Module | None
+        readers: dict[str, tuple[nn.Module | None, str]] = {
+            "input_ids": (self.embed_tokens, "vocab_size"),
+            "input_features": (self.frame_proj, "input_size"),
+        }
+        reader, field = readers.get(name, (nn.Identity(), ""))
+        if reader is None:
+            raise ValueError(f"`{name}` cannot be read: this model was made without `{field}`.")
         if name == "input_ids":
             if x.dim() != 2 or x.dtype not in (torch.int64, torch.int32):
                 got = f"shape {tuple(x.shape)} of {x.dtype}"
                 raise ValueError(f"`input_ids` must be [B, T] integers, int64 or int32; got {got}.")
-            reader, field = self.embed_tokens, "vocab_size"
         else:
             width = self.config.hidden_size if name == "inputs_embeds" else self.config.frame_size
             if x.dim() != 3 or x.shape[-1] != width or not x.is_floating_point():
                 got = f"shape {tuple(x.shape)} of {x.dtype}"
                 raise ValueError(f"`{name}` must be [B, T, {width}] and floating point; got {got}.")
-            if name == "inputs_embeds":
-                return x
-            reader, field = self.frame_proj, "input_size"
-        if reader is None:
-            raise ValueError(f"`{name}` cannot be read: this model was made without `{field}`.")
         return reader(x)
 
     def _open_cache(self, cache: XLSTMCache | None, use_cache: bool | None, B: int) -> XLSTMCache | None:
