@@ -100,6 +100,22 @@ class _Recording(NamedTuple):
         tapes = [a.extend(b) for a, b in zip(self.tapes, later.tapes, strict=True)]
         return _Recording(tapes, self.tokens + later.tokens, None)
 
+    def part(self, start: int, stop: int) -> _Recording:
+        """The tokens from `start` to `stop` only."""
+        real = None if self.real is None else self.real[:, start:stop]
+        tapes = [
+            tape._replace(
+                before=self.rewind(tape, start),
+                inputs=tuple(None if x is None else x[:, start:stop] for x in tape.inputs),
+            )
+            for tape in self.tapes
+        ]
+        return _Recording(tapes, stop - start, real)
+
+    def rewind(self, tape: Tape, tokens: int) -> LayerState | None:
+        """A layer's state after the first `tokens` tokens."""
+        return tape.rewind(tokens, None if self.real is None else self.real[:, :tokens].sum(1))
+
     def apply(self, function: Callable[[Tensor], Tensor]) -> _Recording:
         """With every tensor replaced by function(tensor)."""
         tapes = [
@@ -110,6 +126,24 @@ class _Recording(NamedTuple):
             for tape in self.tapes
         ]
         return _Recording(tapes, self.tokens, None if self.real is None else function(self.real))
+
+
+KEPT = 64  # tokens that stay recorded over a crop: more than any assistant looks back on
+
+
+def _bounded(recordings: list[_Recording]) -> list[_Recording]:
+    """The same in one or two, for each holds a state; of older tokens so many that `KEPT` to 2 `KEPT` remain."""
+    joined: list[_Recording] = []
+    for recording in recordings:
+        both = joined[-1].extend(recording) if joined else None
+        joined[len(joined) - (both is not None) :] = [both or recording]
+    joined = joined[-2:]
+    excess = sum(recording.tokens for recording in joined) - KEPT
+    if excess > KEPT:
+        while excess >= joined[0].tokens:
+            excess -= joined.pop(0).tokens
+        joined[0] = joined[0].part(excess, joined[0].tokens)
+    return joined
 
 
 class XLSTMCache(Cache):
@@ -130,7 +164,8 @@ class XLSTMCache(Cache):
         self.model = fingerprint(config)
         self.tokens_seen = 0
         self.unchecked = False
-        self._past: list[_Recording] = []
+        self._older: list[_Recording] = []  # up to the last crop
+        self._past: list[_Recording] = []  # since then
 
     @property
     def recording(self) -> bool:
@@ -149,38 +184,45 @@ class XLSTMCache(Cache):
         self.tokens_seen += tokens
         tapes = [state.tape for state in states if state.tape is not None]
         if not tapes:
-            self._past.clear()
+            self._forget_()
             return
         new = _Recording(tapes, tokens, real)
         merged = self._past[-1].extend(new) if self._past else None
         self._past[len(self._past) - (merged is not None) :] = [merged or new]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Come back exactly to an earlier token, and forget what was recorded before it.
+        """Come back exactly to an earlier token.
 
         The cells run again from the state before the recording up to that token, on inputs of a few numbers per token.
+        The last `KEPT` tokens at least stay recorded, as assistants with another tokenizer need, which come back
+        further than to the last crop.
 
         Args:
-            tokens_to_remove: minus the number of columns to take back, padding included; 0 only forgets the recording.
+            tokens_to_remove: minus the number of columns to take back, padding included; 0 takes none back.
 
         Raises:
             ValueError: the number is positive, or reaches further back than the recording.
         """
-        back, held = -tokens_to_remove, sum(recording.tokens for recording in self._past)
+        recordings = [*self._older, *self._past]
+        back, held = -tokens_to_remove, sum(recording.tokens for recording in recordings)
         if not 0 <= back <= held:
             raise ValueError(
-                f"`tokens_to_remove` must be from {-held} to 0, for {held} were recorded since the last crop; got "
+                f"`tokens_to_remove` must be from {-held} to 0, for the last {held} are recorded; got "
                 f"{tokens_to_remove}. Call activate_past_recording() before the tokens that may have to be taken back."
             )
         self.tokens_seen -= back
         while back:
-            tapes, tokens, real = self._past.pop()
-            keep = max(tokens - back, 0)
-            lengths = None if real is None else real[:, :keep].sum(1)
-            for layer, tape in zip(self.layers, tapes, strict=True):
-                layer.store_(tape.rewind(keep, lengths))
-            back -= tokens - keep
-        self._past.clear()
+            recording = recordings.pop()
+            keep = max(recording.tokens - back, 0)
+            for layer, tape in zip(self.layers, recording.tapes, strict=True):
+                layer.store_(recording.rewind(tape, keep))
+            back -= recording.tokens - keep
+            recordings += [recording.part(0, keep)] if keep else []
+        self._older, self._past = _bounded(recordings), []
+
+    def _forget_(self) -> None:
+        """Forget what was recorded."""
+        self._older, self._past = [], []
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of input seen so far, padding included: the length of the attention mask up to now."""
@@ -200,6 +242,7 @@ class XLSTMCache(Cache):
         """Replace every tensor by function(tensor)."""
         for layer in self.layers:
             layer.apply_(function)
+        self._older = [recording.apply(function) for recording in self._older]
         self._past = [recording.apply(function) for recording in self._past]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -226,7 +269,7 @@ class XLSTMCache(Cache):
 
     def reset_rows_(self, rows: Tensor) -> None:
         """Take the rows where `rows` [B] is True back to the start; what was recorded is forgotten."""
-        self._past.clear()
+        self._forget_()
         self.apply_(lambda x: x.masked_fill(rows.to(x.device).view(-1, *(1,) * (x.dim() - 1)), 0))
 
     def append_rows_(self, other: XLSTMCache, rows: Sequence[int]) -> None:
@@ -234,7 +277,7 @@ class XLSTMCache(Cache):
 
         Texts of different lengths may stand side by side; `get_seq_length` then is that of the longest.
         """
-        self._past.clear()
+        self._forget_()
         if not rows:
             return
         for layer, source in zip(self.layers, other.layers, strict=True):
@@ -245,7 +288,7 @@ class XLSTMCache(Cache):
 
     def append_fresh_rows_(self, count: int) -> None:
         """Add rows that have seen no token to a cache that holds some."""
-        self._past.clear()
+        self._forget_()
         for layer in self.layers:
             state = layer.state
             zeros = _map(state, lambda x: x.new_zeros(count, *x.shape[1:]))
@@ -303,7 +346,7 @@ class XLSTMCache(Cache):
         """Forget everything."""
         for layer in self.layers:
             layer.reset()
-        self._past.clear()
+        self._forget_()
         self.tokens_seen = 0
 
     def size_in_bytes(self) -> int:

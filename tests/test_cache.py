@@ -17,6 +17,7 @@ from tolerances import assert_identical, assert_same
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from modeling_xlstm import XLSTMCache, XLSTMForCausalLM
+from modeling_xlstm.cache_xlstm import KEPT
 
 every_style = pytest.mark.parametrize("style", STYLES)
 
@@ -211,6 +212,39 @@ def test_crop_keeps_no_copy_of_the_matrix_state_per_token() -> None:
     assert len(recorded) == 3  # one tape per layer, whatever the number of calls
     cache.crop(0)
     assert cache._past == []
+
+
+@every_style
+@settings(max_examples=15)
+@given(rounds=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 12)), min_size=2, max_size=8))
+def test_crops_after_each_other_come_back_over_the_ones_before(style: str, rounds: list[tuple[int, int]]) -> None:
+    model, text = tiny_model(XLSTMForCausalLM, style), tokens(1, 3)
+    cache = model(text).past_key_values
+    cache.activate_past_recording()
+    for new, back in rounds:
+        more = tokens(1, new)
+        model(more, past_key_values=cache)
+        text = torch.cat([text, more], 1)
+        back = min(back, text.shape[1] - 3)
+        cache.crop(-back)
+        text = text[:, : text.shape[1] - back]
+    assert_same(states(cache), states(model(text).past_key_values))
+    assert cache.get_seq_length() == text.shape[1]
+
+
+def test_what_stays_recorded_over_crops_is_bounded() -> None:
+    model, text = tiny_model(XLSTMForCausalLM), tokens(1, 300)
+    cache = XLSTMCache(model.config)
+    cache.activate_past_recording()
+    for start in range(0, 300, 20):
+        model(text[:, start : start + 20], past_key_values=cache)
+        cache.crop(0)
+        assert len(cache._older) == 1
+        assert min(start + 20, KEPT) <= cache._older[0].tokens <= 2 * KEPT
+    cache.crop(-KEPT)
+    assert_same(states(cache), states(model(text[:, : 300 - KEPT]).past_key_values))
+    with pytest.raises(ValueError, match="`tokens_to_remove` must be from"):
+        cache.crop(-KEPT)
 
 
 @pytest.mark.parametrize("removed", [1, -1, -5])

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from inputs import STYLES, tiny_model, tokens
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
 from tolerances import assert_same
 from torch import Tensor
-from transformers import LogitsProcessor, TextIteratorStreamer
+from transformers import LogitsProcessor, PreTrainedTokenizerFast, TextIteratorStreamer
 
 from modeling_xlstm import XLSTMCache, XLSTMForCausalLM
 
@@ -207,6 +209,30 @@ def test_drafting_with_its_own_first_blocks_gives_the_greedy_output(style: str, 
     out = decode(model, ids, assistant_early_exit=layers, max_new_tokens=20, min_new_tokens=20)
     assert torch.equal(out, greedy(model, ids, 20))
     assert model.config.num_hidden_layers == 3
+
+
+def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Bytes, and merges learnt from a few words up to the size."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<eos>"]
+    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(["the state of a text has one size, and the text has one state"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+
+
+@every_style
+def test_an_assistant_with_another_tokenizer_gives_the_greedy_output(style: str) -> None:
+    tokenizer, other = byte_tokenizer(280), byte_tokenizer(270)
+    assert len(tokenizer) != len(other)
+    model = tiny_model(XLSTMForCausalLM, style, vocab_size=len(tokenizer))
+    assistant = tiny_model(XLSTMForCausalLM, "large", vocab_size=len(other))
+    ids = torch.tensor([tokenizer("the state of a text").input_ids])
+    out = decode(
+        model, ids, assistant_model=assistant, tokenizer=tokenizer, assistant_tokenizer=other,
+        max_new_tokens=20, min_new_tokens=20,
+    )  # fmt: skip
+    assert torch.equal(out, greedy(model, ids, 20))
 
 
 def test_an_assistant_that_is_often_right_saves_forward_passes() -> None:

@@ -79,7 +79,7 @@ def test_every_token_of_frames_can_be_labelled() -> None:
         ({"input_size": 3}, {}, "Pass exactly one of"),
         ({"input_size": 3}, {"input_ids": tokens(2, 5), "input_features": frames()}, "Pass exactly one of"),
     ],
-    ids=str,
+    ids=["no vocabulary", "no frames", "another width", "nothing", "both"],
 )
 def test_bad_inputs_are_named(fields: dict[str, Any], call: dict[str, Any], message: str) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2}
