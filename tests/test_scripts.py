@@ -166,7 +166,7 @@ def stop_after_a_checkpoint(process: subprocess.Popen[str], checkpoints: Path, b
     while True:
         process.send_signal(by)
         try:
-            process.communicate(timeout=1.0)
+            process.communicate(timeout=2.0)
         except subprocess.TimeoutExpired:
             continue  # an interrupt that falls into a callback from C++ is dropped: press again
         return process.returncode
@@ -180,7 +180,8 @@ def test_a_killed_and_an_interrupted_run_end_with_the_weights_of_an_undisturbed_
     write_text(tmp_path)
     run = tmp_path / "run"
     assert stop_after_a_checkpoint(quickstart(tmp_path), run / "checkpoints", signal.SIGKILL) == -signal.SIGKILL
-    assert stop_after_a_checkpoint(quickstart(tmp_path), run / "checkpoints", signal.SIGINT) == 130
+    # Pressed again while it leaves, it ends at once, without a status of its own.
+    assert stop_after_a_checkpoint(quickstart(tmp_path), run / "checkpoints", signal.SIGINT) in (130, -signal.SIGINT)
     assert not (run / "README.md").exists()
     out, _ = said(quickstart(tmp_path))
     assert "Resuming" in out
