@@ -131,12 +131,17 @@ class _Recording(NamedTuple):
 KEPT = 64  # tokens that stay recorded over a crop: more than any assistant looks back on
 
 
+def _append(recordings: list[_Recording], later: _Recording) -> None:
+    """Join a recording to the last one where that is possible, else put it behind."""
+    joined = recordings[-1].extend(later) if recordings else None
+    recordings[len(recordings) - (joined is not None) :] = [joined or later]
+
+
 def _bounded(recordings: list[_Recording]) -> list[_Recording]:
     """The same in one or two, for each holds a state; of older tokens so many that `KEPT` to 2 `KEPT` remain."""
     joined: list[_Recording] = []
     for recording in recordings:
-        both = joined[-1].extend(recording) if joined else None
-        joined[len(joined) - (both is not None) :] = [both or recording]
+        _append(joined, recording)
     joined = joined[-2:]
     excess = sum(recording.tokens for recording in joined) - KEPT
     if excess > KEPT:
@@ -186,9 +191,7 @@ class XLSTMCache(Cache):
         if not tapes:
             self._forget_()
             return
-        new = _Recording(tapes, tokens, real)
-        merged = self._past[-1].extend(new) if self._past else None
-        self._past[len(self._past) - (merged is not None) :] = [merged or new]
+        _append(self._past, _Recording(tapes, tokens, real))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Come back exactly to an earlier token.

@@ -266,7 +266,7 @@ def context_decoding() -> Contest:
 
 
 def other_models() -> dict[str, Any]:
-    """Ours in both styles, a Llama and a Mamba2 of about as many parameters."""
+    """Ours in the large style, a Llama and a Mamba2 of about as many parameters."""
     torch.manual_seed(0)
     width: dict[str, Any] = {"vocab_size": 8192, "hidden_size": 512, "tie_word_embeddings": False}
     llama = LlamaConfig(**width, num_hidden_layers=9, num_attention_heads=8, intermediate_size=1408)
