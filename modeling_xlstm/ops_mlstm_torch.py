@@ -356,18 +356,23 @@ def mlstm_step_torch(
 ) -> tuple[Tensor, MLSTMState]:
     """One token in few operations, C read and written once. Arguments and results as in `ops_mlstm.mlstm`."""
     B, _, H, K = q.shape
+    V = v.shape[-1]
     dtype = compute_dtype(v, state)
-    q, k, v, i_tilde, f_tilde = (x[:, 0].to(dtype) for x in (q, k, v, i_tilde, f_tilde))
-    C, n, m = MLSTMState.zeros(B, H, K, v.shape[-1], like=v) if state is None else (x.to(dtype) for x in state)
+    q, k, v, i_tilde, f_tilde = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v, i_tilde, f_tilde))
+    C, n, m = MLSTMState.zeros(B, H, K, V, like=v) if state is None else (x.to(dtype) for x in state)
     if reset is not None:
         C, n, m = (x * ~reset.view(B, *(1,) * (x.dim() - 1)) for x in (C, n, m))
     log_i, log_f = log_gates(i_tilde, f_tilde, input_gate)
+    m = m.unsqueeze(1)
     log_f = log_f + m
     m_next = m if input_gate == "sigmoid" else torch.maximum(log_f, log_i)
-    f_prime = torch.exp(log_f - m_next)
-    kw = k * (torch.exp(log_i - m_next) * K**-0.5)[..., None]
-    C = (kw[..., None] * v[..., None, :]).addcmul_(f_prime[..., None, None], C)
-    n = torch.addcmul(kw, f_prime[..., None], n)
-    numerator = torch.matmul(q[..., None, :], C)[..., 0, :]
-    normaliser = torch.maximum((q * n).sum(-1).abs(), _floor(m_next)).add_(eps)
-    return (numerator / normaliser[..., None])[:, None], MLSTMState(C, n, m_next)
+    # One row per head from here on: views, for every operation costs more than the numbers it works on.
+    f_prime = torch.exp(log_f - m_next).view(B * H, 1, 1)
+    i_prime = torch.exp(log_i - m_next).view(B * H, 1, 1)
+    kw = k.reshape(B * H, K, 1) * i_prime
+    C = (C.reshape(B * H, K, V) * f_prime).addcmul_(kw, v.reshape(B * H, 1, V), value=K**-0.5)
+    n = (n.reshape(B * H, K, 1) * f_prime).add_(kw, alpha=K**-0.5)
+    q = q.reshape(B * H, 1, K)
+    normaliser = torch.maximum(torch.bmm(q, n).abs_(), _floor(m_next).view(B * H, 1, 1)).add_(eps)
+    h = torch.bmm(q, C).div_(normaliser)
+    return h.view(B, 1, H, V), MLSTMState(C.view(B, H, K, V), n.view(B, H, K), m_next.view(B, H))

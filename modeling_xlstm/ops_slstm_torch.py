@@ -225,3 +225,37 @@ def slstm_recurrent_torch(
     by_time = None if reset is None else reset.T.contiguous()
     h, *after = _SLSTM.apply(x, R, *first, last, by_time, input_gate, output_tanh)
     return h.permute(2, 0, 1, 3), SLSTMState(*(s.transpose(0, 1) for s in after))
+
+
+def slstm_step_torch(
+    i_tilde: Tensor,
+    f_tilde: Tensor,
+    z_tilde: Tensor,
+    o_tilde: Tensor,
+    recurrent: Tensor,
+    state: SLSTMState | None,
+    *,
+    reset: Tensor | None = None,
+    input_gate: str,
+    output_tanh: bool = False,
+) -> tuple[Tensor, SLSTMState]:
+    """One token in few operations. Arguments and results as in `ops_slstm.slstm`."""
+    B, _, H, P = i_tilde.shape
+    dtype = compute_dtype(i_tilde, state)
+    state = SLSTMState.zeros(B, H, P, like=i_tilde.to(dtype)) if state is None else state
+    c, n, m, h = (s.to(dtype) for s in state)
+    if reset is not None:
+        c, n, m, h = (s * ~reset[..., None] for s in (c, n, m, h))
+    R = recurrent.to(dtype).mT.flatten(0, 1)  # [4 H, P in, P out]
+    by_gate = torch.bmm(h.transpose(0, 1).repeat(4, 1, 1), R).view(4, H, B, P).transpose(1, 2)
+    given = zip((i_tilde, f_tilde, z_tilde, o_tilde), by_gate.unbind(), strict=True)
+    i_tilde, f_tilde, z_tilde, o_tilde = (gate[:, 0] + part for gate, part in given)
+    log_i, log_f = log_gates(i_tilde, f_tilde, input_gate)
+    # A cell that has seen no token forgets nothing, whatever its gate says.
+    log_f = (log_f + m).masked_fill(n == 0, -torch.inf)
+    m = torch.maximum(log_i, log_f)
+    i_prime, f_prime = torch.exp(log_i - m), torch.exp(log_f - m)
+    c = (f_prime * c).addcmul(i_prime, torch.tanh(z_tilde))
+    n = torch.addcmul(i_prime, f_prime, n)
+    h = torch.sigmoid(o_tilde) * (torch.tanh(c / n) if output_tanh else c / n)
+    return h[:, None], SLSTMState(c, n, m, h)
