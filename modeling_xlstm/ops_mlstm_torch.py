@@ -119,10 +119,14 @@ def _stabilisers(
 BLOCK = 2**21  # numbers of the largest tensor of a block; more would only take memory
 
 
-def _blocks(shape: tuple[int, ...], width: int, reverse: bool = False) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut [H, B, N, L] tokens of a width into heads, rows and chunks; several of the one only with all of the next."""
+def _blocks(
+    shape: tuple[int, ...], widths: tuple[int, int], reverse: bool = False
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut [H, B, N, L] tokens of widths K and V into heads, rows and chunks; several of the one only with all of the
+    next."""
     H, B, N, L = shape
-    room = max(1, BLOCK // (L * width))
+    K, V = widths
+    room = max(1, BLOCK // max(L * L, L * K, L * V, K * V))
     chunks, rows, heads = _cut(N, room), _cut(B, room // N), _cut(H, room // (N * B))
     yield from itertools.product(heads, rows, chunks[::-1] if reverse else chunks)
 
@@ -150,7 +154,7 @@ class _Chunks(torch.autograd.Function):
         before = [x.new_empty(H, B, N, *x.shape[2:]) for x in state] if any(ctx.needs_input_grad) else []
         normalisers = [torch.empty_like(a), torch.empty_like(a)]
         qkv = [_by_chunk(x, N) for x in (q, k, v)]
-        for part in _blocks(a.shape, max(q.shape[-1], v.shape[-1])):
+        for part in _blocks(a.shape, (q.shape[-1], v.shape[-1])):
             weights = _Weights(*(_take(x, part) for x in (a, M, carry, write, floor)))
             given = [_take(x, part) for x in qkv], weights, _see(seen, part), [x[part[:2]] for x in state]
             h_block, after, block_before, block_normalisers = _read_and_write(*given, eps)
@@ -176,7 +180,7 @@ class _Chunks(torch.autograd.Function):
         ]
         dqkv, dweights = [x.new_empty(x.shape) for x in (q, k, v)], [torch.empty_like(x) for x in weights]
         tokens, gradients = [_by_chunk(x, N) for x in (q, k, v, h, dh)], [_by_chunk(x, N) for x in dqkv]
-        for part in _blocks(qn.shape, max(q.shape[-1], v.shape[-1]), reverse=True):
+        for part in _blocks(qn.shape, (q.shape[-1], v.shape[-1]), reverse=True):
             block_weights = _Weights(*(_take(x, part) for x in weights))
             saved = C_before[part], n_before[part], _take(qn, part), _take(normaliser, part)
             given = [_take(x, part) for x in tokens], block_weights, _see(seen, part), saved
@@ -226,6 +230,11 @@ def _read_and_write(
     return h.div_(normaliser[..., None]), [C, n], [C_before, n_before], [qn, normaliser]
 
 
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of x * y over all but the first dim, [G, ...] -> [G], without a tensor of their size."""
+    return torch.bmm(x.flatten(1)[:, None], y.flatten(1)[..., None]).view(-1)
+
+
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """scale * q @ k^T."""
     return torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=scale)
@@ -261,7 +270,7 @@ def _differentiate(
     q_carried = q * w.carry[..., None]
     dC_after, dC = _scan(torch.bmm(q_carried.mT, dnumerator), keep, dstate[0], reverse=True)
     dn_after, dn = _scan(torch.bmm(q_carried.mT, dqn[..., None])[..., 0], keep, dstate[1], reverse=True)
-    dcarry[:, -1] += (C * dC_after).sum((1, 2)) + (n * dn_after).sum(-1)
+    dcarry[:, -1] += _dot(C, dC_after) + _dot(n, dn_after)
     dk_written = torch.bmm(v, dC_after.mT).add_(dn_after[:, None, :])
     dwrite = (k * dk_written).sum(-1).mul_(scale)
 
