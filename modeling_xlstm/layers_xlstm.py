@@ -87,7 +87,8 @@ def norm_offset(config: XLSTMConfig) -> float:
     return 1.0 if config.block_style == "neurips" else 0.0
 
 
-ROWS, WIDTH = 64, 32  # from so many tokens on, blocks are laid together up to this width: larger products, fewer of them
+# From so many tokens on, blocks are laid together up to this width: fewer and larger products.
+ROWS, WIDTH = 64, 32
 
 
 class HeadwiseLinear(nn.Module):
@@ -99,7 +100,7 @@ class HeadwiseLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(heads * out_size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight: Tensor = self.weight
         heads, out_size, in_size = weight.shape
         together = math.gcd(heads, max(WIDTH // in_size, 1)) if x.numel() >= ROWS * heads * in_size else 1
         if together > 1:

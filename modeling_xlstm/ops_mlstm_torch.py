@@ -122,8 +122,10 @@ BLOCK = 2**21  # numbers of the largest tensor of a block; more would only take 
 def _blocks(
     shape: tuple[int, ...], widths: tuple[int, int], reverse: bool = False
 ) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut [H, B, N, L] tokens of widths K and V into heads, rows and chunks; several of the one only with all of the
-    next."""
+    """Cut [H, B, N, L] tokens into heads, rows and chunks; several of the one only with all of the next.
+
+    No tensor of a block is larger than `BLOCK`: neither its tokens of widths K and V, nor its states.
+    """
     H, B, N, L = shape
     K, V = widths
     room = max(1, BLOCK // max(L * L, L * K, L * V, K * V))

@@ -144,7 +144,8 @@ def _backward(
         *(x.unbind() for x in (by_gate[:, :3], by_gate[:, :2], by_gate[:, 3])),
         strict=True,
     )
-    for t, ends, dh_t, from_ratio_t, ratio_t, from_h_t, f_prime, dg, from_c_t, from_n_t, d3, d2, do in reversed([*steps]):
+    for t, ends, dh_t, from_ratio_t, ratio_t, from_h_t, f_prime, dg, from_c_t, from_n_t, *parts in reversed([*steps]):
+        d3, d2, do = parts
         dh = dh_next + dh_t
         if ends is not None:
             dcn += torch.stack(ends[:2])
