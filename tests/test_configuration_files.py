@@ -10,11 +10,13 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from checkout import ROOT, tracked_files
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
 
 FILES = [ROOT / name for name in tracked_files() if name.startswith("configuration/")]
-MODELS, LAUNCHES, RECIPES = ([x for x in FILES if x.parent.name == kind] for kind in ("model", "launch", "recipe"))
+KINDS = ("model", "peer", "launch", "recipe")
+MODELS, PEERS, LAUNCHES, RECIPES = ([x for x in FILES if x.parent.name == kind] for kind in KINDS)
 # Published parameter counts, in millions.
 PUBLISHED = {
     "xlstm_neurips_125m": 163.8,
@@ -34,12 +36,13 @@ COUNTED = {
     "xlstm_large_1_3b": 1420.8,
     "xlstm_large_2_7b": 2780.4,
     "xlstm_laptop": 0.9,
+    "xlstm_2m": 2.5,
 }
 
 
 def test_every_file_is_data_that_some_reader_here_opens() -> None:
-    assert sorted(FILES) == sorted([*MODELS, *LAUNCHES, *RECIPES])
-    assert {path.suffix for path in MODELS} == {".json"}
+    assert sorted(FILES) == sorted([*MODELS, *PEERS, *LAUNCHES, *RECIPES])
+    assert {path.suffix for path in (*MODELS, *PEERS)} == {".json"}
     assert {path.suffix for path in (*LAUNCHES, *RECIPES)} == {".yaml"}
     assert {path.stem for path in MODELS} == {*PUBLISHED, *COUNTED}
 
@@ -53,6 +56,19 @@ def test_a_model_file_names_only_fields_and_builds_a_model_of_its_size(path: Pat
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     wanted = {**PUBLISHED, **COUNTED}[path.stem]
     assert round(millions, -1 if wanted == 6870.0 else 1) == wanted
+
+
+@pytest.mark.parametrize("path", PEERS, ids=lambda path: path.stem)
+def test_a_peer_has_the_size_and_vocabulary_of_the_model_it_is_compared_with(path: Path) -> None:
+    ours = ROOT / "configuration" / "model" / path.name.replace("llama", "xlstm")
+    peer, model = (json.loads(file.read_text("utf-8")) for file in (path, ours))
+    with torch.device("meta"):
+        sizes = [
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).num_parameters()
+            for fields in (peer, model)
+        ]
+    assert peer["vocab_size"] == model["vocab_size"]
+    assert max(sizes) - min(sizes) < min(sizes) // 20
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
