@@ -32,6 +32,9 @@ TOLERANCES = {
 # Weights and states after a dozen steps of Adam in float64, which makes rounding of whole steps out of that of tiny
 # gradients: largest error of four micro-batches against one batch, 1.9e-11.
 TRAINED = 1e-9
+# Logits of small models whose projections are kept in eight bits (largest error 1.4e-2) or in four (0.2).
+EIGHT_BITS = 5e-2
+FOUR_BITS = 0.5
 # Smaller scales count as this one: sums that cancel to zero keep the rounding of their terms.
 SCALE_FLOOR = 1e-3
 
