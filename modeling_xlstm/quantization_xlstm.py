@@ -10,12 +10,11 @@ import torch
 # Kind of quantisation: the distribution that does it.
 LIBRARIES = {
     "bitsandbytes-4bit": "bitsandbytes",
-    "bitsandbytes-8bit": "bitsandbytes",
     "quanto-int8": "optimum-quanto",
     "torchao-int8": "torchao",
 }
 # PEFT has a layer for their weights. It takes quanto's for plain ones, and merging into them loses the adapter.
-ADAPTABLE = ("bitsandbytes-4bit", "bitsandbytes-8bit", "torchao-int8")
+ADAPTABLE = ("bitsandbytes-4bit", "torchao-int8")
 # Patterns of modules that stay as they are, beside what is no `nn.Linear` (recurrent and block-diagonal weights, norms,
 # convolutions, embeddings): what exponentials see, what enters and what leaves the blocks. All are small but the head.
 KEPT = ("lm_head", "score", "head", r"(.*\.)?frame_proj", r".*\.igate", r".*\.fgate")
@@ -24,8 +23,8 @@ KEPT = ("lm_head", "score", "head", r"(.*\.)?frame_proj", r".*\.igate", r".*\.fg
 def quantization(kind: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     """What to pass to `from_pretrained` as `quantization_config`, to load the blocks' projections in few bits.
 
-    "bitsandbytes-4bit" are the NF4 weights of QLoRA with their scales quantised too, "bitsandbytes-8bit" LLM.int8(),
-    "quanto-int8" and "torchao-int8" eight-bit weights with a scale per row, which only the product rounds.
+    "bitsandbytes-4bit" are the NF4 weights of QLoRA with their scales quantised too, "quanto-int8" and "torchao-int8"
+    eight-bit weights with a scale per row; activations are not quantised.
 
     Args:
         kind: a key of `LIBRARIES`.
@@ -58,8 +57,6 @@ def quantization(kind: str, dtype: torch.dtype = torch.bfloat16) -> Any:
         from torchao.quantization import Int8WeightOnlyConfig
 
         return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=kept)
-    if kind == "bitsandbytes-8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -79,8 +76,6 @@ def _parts(x: torch.Tensor) -> list[torch.Tensor]:
     if hasattr(x, "__tensor_flatten__"):  # torchao's and quanto's
         inner = (getattr(x, name) for name in x.__tensor_flatten__()[0])
         return [part for tensor in inner for part in _parts(tensor)]
-    state = getattr(x, "quant_state", None)  # bitsandbytes' in four bits
+    state = getattr(x, "quant_state", None)  # bitsandbytes'
     scales = [] if state is None else [v for v in state.as_dict(packed=True).values() if isinstance(v, torch.Tensor)]
-    if getattr(x, "SCB", None) is not None:  # and in eight
-        scales.append(x.SCB)
     return [x.detach(), *scales]
