@@ -40,6 +40,19 @@ class XLSTMPreTrainedModel(PreTrainedModel):
             self.config.auto_map = {**AUTO_MAP, **(getattr(self.config, "auto_map", None) or {})}
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def _resolve_parallel_plans(self, distributed_config: Any) -> tuple[dict[str, str], ...]:
+        # A plan tells blocks apart by their names only, and both kinds of mixers have gates of the same names.
+        kinds = {name: type(module) for name, module in self.named_modules()}
+        heads, processes = self.config.num_heads, distributed_config.tp_size
+        if MLSTMLayer in kinds.values() and heads % processes:
+            raise ValueError(
+                f"`tp_size` must divide `num_heads`, for a head's state stays in one process; got {processes} and "
+                f"{heads}. Use {math.gcd(heads, processes)}, and the other processes for data (`fsdp_size`)."
+            )
+        whole = tuple(f"{name}." for name, kind in kinds.items() if kind is SLSTMLayer)
+        tp_plan, *others = super()._resolve_parallel_plans(distributed_config)
+        return {name: style for name, style in tp_plan.items() if not name.startswith(whole)}, *others
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise one module by its type, as in the official packages; parents after, and over, their children."""
