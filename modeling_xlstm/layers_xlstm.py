@@ -273,6 +273,7 @@ class MLSTMHeads(nn.Module):
 
     def __init__(self, config: XLSTMConfig, window: int):
         super().__init__()
+        self.num_heads = config.num_heads
         self.gate_soft_cap = config.gate_soft_cap
         self.options = CellOptions.of(config, window)
         self.norm = HeadNorm(config.v_size, config.norm_eps, config.norm_bias, norm_offset(config))
@@ -284,7 +285,7 @@ class MLSTMHeads(nn.Module):
         conv_inputs: Tensor | None,
         call: Call,
     ) -> tuple[Tensor, LayerState]:
-        # Counted, not configured: under tensor parallelism a process has some of the heads.
+        # Counted, not `num_heads`: under tensor parallelism a process has some of the heads.
         heads = (x.unflatten(-1, (gates[0].shape[-1], -1)) for x in qkv)
         joint = torch.cat(gates, -1)
         capped = soft_cap(joint.float() if joint.element_size() < 4 else joint, self.gate_soft_cap).chunk(2, -1)

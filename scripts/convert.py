@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -92,10 +93,18 @@ class Conversion:
         return {"source": stamps, "family": self.family, "to_ours": self.to_ours, **self.options}
 
 
+class Yaml(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML 1.1 without its quirk of taking 1e-06 for a text."""
+
+
+Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    for name in ("config.json", "config.yaml"):
-        if (path := folder / name).is_file():
-            return dict(yaml.safe_load(path.read_text("utf-8")))  # of which JSON is a part
+    if (path := folder / "config.json").is_file():
+        return dict(json.loads(path.read_text("utf-8")))
+    if (path := folder / "config.yaml").is_file():
+        return dict(yaml.load(path.read_text("utf-8"), Loader=Yaml))
     raise WrongInput(f"{folder} must hold config.json or config.yaml; it holds neither.")
 
 
