@@ -40,7 +40,7 @@ class XLSTMPreTrainedModel(PreTrainedModel):
             self.config.auto_map = {**AUTO_MAP, **(getattr(self.config, "auto_map", None) or {})}
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _resolve_parallel_plans(self, distributed_config: Any) -> tuple[dict[str, str], ...]:
+    def _resolve_parallel_plans(self, distributed_config: Any) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
         # A plan tells blocks apart by their names only, and both kinds of mixers have gates of the same names.
         kinds = {name: type(module) for name, module in self.named_modules()}
         heads, processes = self.config.num_heads, distributed_config.tp_size
@@ -50,8 +50,8 @@ class XLSTMPreTrainedModel(PreTrainedModel):
                 f"{heads}. Use {math.gcd(heads, processes)}, and the other processes for data (`fsdp_size`)."
             )
         whole = tuple(f"{name}." for name, kind in kinds.items() if kind is SLSTMLayer)
-        tp_plan, *others = super()._resolve_parallel_plans(distributed_config)
-        return {name: style for name, style in tp_plan.items() if not name.startswith(whole)}, *others
+        tp_plan, ep_plan, fsdp_plan = super()._resolve_parallel_plans(distributed_config)
+        return {name: style for name, style in tp_plan.items() if not name.startswith(whole)}, ep_plan, fsdp_plan
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

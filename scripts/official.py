@@ -12,35 +12,43 @@ from transformers import xLSTMConfig, xLSTMForCausalLM
 Logits = Callable[[Tensor], Tensor]
 
 
-def official_logits(family: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Logits:
-    """The forward pass of an official model in float32: token ids [B, T] to logits [B, T, vocab_size].
+def official_model(family: str, config: Mapping[str, Any]) -> Any:
+    """An official model, not yet with its weights.
 
     Raises:
         ImportError: the family's package is not installed; `transformers` always is.
     """
-    model, forward = MAKERS[family](config)
+    return {"neurips": _neurips, "large": _large, "transformers": _transformers}[family](config)
+
+
+def official_logits(family: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Logits:
+    """The forward pass of an official model in float32: token ids [B, T] to logits [B, T, vocab_size]."""
+    model = official_model(family, config)
+    # A tied head may be left out of a state dict.
     model.load_state_dict(weights, strict=not config.get("tie_weights"))
     model = model.float().eval()
 
     @torch.no_grad()
     def logits(ids: Tensor) -> Tensor:
-        return forward(model, ids)
+        if family == "transformers":
+            return model(ids, use_cache=False).logits  # the sizes of its cache are rounded
+        out = model(ids)
+        return out[0] if isinstance(out, tuple) else out
 
     return logits
 
 
-def _transformers(config: Mapping[str, Any]) -> tuple[Any, Callable[[Any, Tensor], Tensor]]:
-    # Without a cache, whose sizes it rounds.
-    return xLSTMForCausalLM(xLSTMConfig(**config)), lambda model, ids: model(ids, use_cache=False).logits
+def _transformers(config: Mapping[str, Any]) -> Any:
+    return xLSTMForCausalLM(xLSTMConfig(**config))
 
 
-def _large(config: Mapping[str, Any]) -> tuple[Any, Callable[[Any, Tensor], Tensor]]:
+def _large(config: Mapping[str, Any]) -> Any:
     from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
 
-    return xLSTMLarge(xLSTMLargeConfig(**config)), lambda model, ids: model(ids)[0]
+    return xLSTMLarge(xLSTMLargeConfig(**config))
 
 
-def _neurips(config: Mapping[str, Any]) -> tuple[Any, Callable[[Any, Tensor], Tensor]]:
+def _neurips(config: Mapping[str, Any]) -> Any:
     from xlstm import (
         FeedForwardConfig,
         mLSTMBlockConfig,
@@ -56,7 +64,4 @@ def _neurips(config: Mapping[str, Any]) -> tuple[Any, Callable[[Any, Tensor], Te
     for name, block in {"mlstm_block": mLSTMBlockConfig, "slstm_block": sLSTMBlockConfig}.items():
         if made.get(name):
             made[name] = block(**{key: value and parts[key](**value) for key, value in made[name].items()})
-    return xLSTMLMModel(xLSTMLMModelConfig(**made)), lambda model, ids: model(ids)
-
-
-MAKERS = {"neurips": _neurips, "large": _large, "transformers": _transformers}
+    return xLSTMLMModel(xLSTMLMModelConfig(**made))
