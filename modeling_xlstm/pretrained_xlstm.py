@@ -103,7 +103,8 @@ class XLSTMPreTrainedModel(PreTrainedModel):
 
     def _init_slstm(self, module: SLSTMLayer) -> None:
         config = self.config
-        P, N = module.bias.shape[-1], config.num_hidden_layers
+        # Not from the parameters, which ZeRO-3 leaves empty while a checkpoint is loaded.
+        H, P, N = module.num_heads, config.hidden_size // module.num_heads, config.num_hidden_layers
         bound = config.hidden_size**-0.5
         if config.recurrent_weight_init == "standard":
             init.uniform_(module.recurrent, -bound, bound)
@@ -112,7 +113,7 @@ class XLSTMPreTrainedModel(PreTrainedModel):
         if config.slstm_bias_init == "standard":
             init.uniform_(module.bias, -bound, bound)
             return
-        bias = torch.zeros(module.bias.shape)
+        bias = torch.zeros(4, H, P)
         if config.slstm_bias_init == "small_init":
             bias[1] = torch.linspace(3.0, 6.0, P)
         elif config.slstm_bias_init == "powerlaw_blockdependent":

@@ -1,26 +1,40 @@
 """Run a script whose processes `accelerate launch` started by a launch file for GPUs, on CPUs that talk over gloo.
 
 Accelerate offers FSDP and DeepSpeed to accelerators only, and would run this in one process, or as DDP, without a word.
-What is told to it here is that a CPU is one; everything after that is its own.
+What is told to it here is that a CPU is one; everything after that is its own. With KILL_AT_STEP in the environment each
+process ends by SIGKILL after that step.
 """
 
 from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
+from typing import Any
 
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 from accelerate.state import DistributedType, PartialState
+from transformers.trainer_callback import DefaultFlowCallback
+
+_on_step_end = DefaultFlowCallback.on_step_end
 
 
 def _prepare_backend(*args: object, **kwargs: object) -> tuple[str, DistributedType]:
     return "gloo", DistributedType.MULTI_GPU
 
 
+def _kill(self: DefaultFlowCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+    if state.global_step == int(os.environ["KILL_AT_STEP"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _on_step_end(self, args, state, control, **kwargs)
+
+
 if __name__ == "__main__":
+    if "KILL_AT_STEP" in os.environ:
+        DefaultFlowCallback.on_step_end = _kill
     PartialState._prepare_backend = _prepare_backend
     sys.argv = sys.argv[1:]
     sys.path.insert(0, os.path.dirname(sys.argv[0]))

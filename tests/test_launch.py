@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,14 +21,14 @@ from modeling_xlstm import XLSTMForCausalLM
 SGD = RECIPE.replace("learning_rate: 1.0e-2", "learning_rate: 0.5\noptim: sgd")
 
 
-def launch(folder: Path, file: str) -> subprocess.Popen[str]:
-    """Two processes, each with half of a batch; killed together, for they are one group."""
+def launch(folder: Path, file: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Two processes, each with half of a batch."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configuration/launch/{file}.yaml"]
     command += ["--num_processes", "2", "--mixed_precision", "no", "tests/on_cpu.py", "scripts/train.py"]
     command = [str(ROOT / word) if (ROOT / word).is_file() else word for word in command]
-    return subprocess.Popen(
+    return subprocess.run(
         [*command, "recipe.yaml", "--output_dir", "run"],
-        cwd=folder, env={**os.environ, **ENVIRONMENT}, text=True, start_new_session=True,
+        cwd=folder, env={**os.environ, **ENVIRONMENT, **environment}, text=True, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -49,17 +47,11 @@ def test_fsdp2_killed_and_resumed_trains_as_one_process_and_leaves_a_model_that_
     train.train(*train.parse(["recipe.yaml", "--output_dir", "alone"]))
     halves = SGD.replace("train_batch_size: 4", "train_batch_size: 2").replace("use_cpu: true", "")
     Path("recipe.yaml").write_text(halves, "utf-8")
-    process = launch(tmp_path, "fsdp2")
-    while not list(tmp_path.glob("run/checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    assert "(SIGKILL)" in launch(tmp_path, "fsdp2", KILL_AT_STEP="5").stdout
     assert not Path("run/model.safetensors").exists()
-    process = launch(tmp_path, "fsdp2")
-    out, _ = process.communicate()
-    assert process.returncode == 0, out
-    assert "Resuming   at step" in out
+    done = launch(tmp_path, "fsdp2")
+    assert done.returncode == 0, done.stdout
+    assert "Resuming   at step 3" in done.stdout
     assert list(Path("run/checkpoint-12/pytorch_model_fsdp_0").glob("*.distcp"))
 
     assert_same(load_file("run/model.safetensors"), load_file("alone/model.safetensors"), FLOAT32)
