@@ -1,8 +1,8 @@
 """Run a script whose processes `accelerate launch` started by a launch file for GPUs, on CPUs that talk over gloo.
 
 Accelerate offers FSDP and DeepSpeed to accelerators only, and would run this in one process, or as DDP, without a word.
-What is told to it here is that a CPU is one; everything after that is its own. With KILL_AT_STEP in the environment each
-process ends by SIGKILL after that step.
+What is told to it here is that a CPU is one; everything after that is its own. With KILL_AT_STEP in the environment
+each process ends by SIGKILL after that step.
 """
 
 from __future__ import annotations
