@@ -134,6 +134,13 @@ class XLSTMTrainer(Trainer):
         """Called by `create_optimizer`."""
         return decayed_parameters(model)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer, which writes no model at all where FSDP writes its checkpoints in shards."""
+        if not self.is_fsdp_enabled or _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
