@@ -19,10 +19,9 @@ same command goes on from the last checkpoint, exactly as if it had not been int
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import math
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +39,7 @@ from corpus import (
     read_standard_library,
 )
 from runs import LossBar, draw_losses, last_checkpoint, silent, step_of
+from train_metrics import CarriedRun, Costs, Run, peak_flops_of
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,7 +53,9 @@ from transformers import (
     set_seed,
 )
 
-from modeling_xlstm.training_xlstm import CarriedStateTrainer, Segments, XLSTMTrainer, nats_of_labels, sum_nats
+from modeling_xlstm.costs_xlstm import flops_per_token
+from modeling_xlstm.gates_xlstm import GateStatistics
+from modeling_xlstm.training_xlstm import Segments, nats_of_labels, sum_nats
 
 
 @dataclass
@@ -74,30 +76,12 @@ class RunArguments:
         default=False, metadata={"help": "rows go on where the last step's ended, from the state it left, detached"}
     )
     z_loss: float = field(default=0.0, metadata={"help": "weight of the squared log-normaliser; 1e-4 is usual"})
-
-
-class Run(XLSTMTrainer):
-    """Logs speed and perplexity beside what Trainer logs, and bits per byte of what is held out."""
-
-    held_out_bytes = 0
-    started: tuple[float, float] | None = None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs["perplexity"] = math.exp(min(logs["loss"], 100.0))
-            now, seen = time.perf_counter(), float(self.state.num_input_tokens_seen)
-            if self.started is not None:
-                logs["tokens_per_second"] = round((seen - self.started[1]) / (now - self.started[0]), 1)
-            self.started = now, seen
-        if "eval_nats" in logs:
-            self.started = None  # what an evaluation takes is no time of training
-            logs["eval_nats_per_token"] = logs["eval_nats"] / logs["eval_predicted_tokens"]
-            logs["eval_bits_per_byte"] = logs["eval_nats"] / math.log(2) / self.held_out_bytes
-        super().log(logs, start_time)
-
-
-class CarriedRun(Run, CarriedStateTrainer):
-    """The same, with states carried from step to step."""
+    gate_statistics: bool = field(
+        default=True, metadata={"help": "log what the gates do; not with --torch_compile, which traces no watching"}
+    )
+    peak_flops: float | None = field(
+        default=None, metadata={"help": "operations a second of one device, for MFU; known for some, measured on a CPU"}
+    )
 
 
 def parse(words: Sequence[str]) -> tuple[TrainingArguments, RunArguments]:
@@ -106,6 +90,8 @@ def parse(words: Sequence[str]) -> tuple[TrainingArguments, RunArguments]:
     parser = HfArgumentParser(kinds)
     # What a run of ours differs in from Trainer's defaults.
     parser.set_defaults(use_cache=True, include_num_input_tokens_seen=True, logging_steps=20, save_total_limit=2)
+    if importlib.util.find_spec("tensorboard") is not None:
+        parser.set_defaults(report_to=["tensorboard"])
     if words and words[0].endswith((".yaml", ".yml")):
         words = [*recipe_flags(Path(words[0])), *words[1:]]
     settings, run = parser.parse_args_into_dataclasses(list(words))
@@ -206,6 +192,11 @@ def make_trainer(
         z_loss=run.z_loss,
     )
     trainer.held_out_bytes = count_bytes(text.held_out)
+    config: Any = model.config
+    flops = flops_per_token(config, run.block_size).training
+    trainer.costs = Costs(flops, run.peak_flops or peak_flops_of(settings))
+    # A compiled graph would be traced anew at every step that is watched.
+    trainer.gates = GateStatistics() if run.gate_statistics and not settings.torch_compile else None
     if not settings.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossBar())
@@ -225,6 +216,8 @@ def train(settings: TrainingArguments, run: RunArguments) -> None:
     if settings.resume_from_checkpoint is None and checkpoint is not None:
         settings.resume_from_checkpoint = str(checkpoint)
         say(f"Resuming   at step {step_of(checkpoint):,}")
+    if trainer.costs.peak is None:
+        say("MFU        not logged: this device is in no table; give its best with --peak_flops")
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
     facts = trainer.evaluate()
     trainer.save_model(str(folder))

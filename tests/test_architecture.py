@@ -62,6 +62,8 @@ MODULES = {
     "serving_xlstm": Module(HOME, {"cache_xlstm", "modeling_xlstm"}, {"torch", "transformers"}),
     "training_xlstm": Module(HOME, {"cache_xlstm", CONFIG}, {"torch", "transformers"}),
     "tuning_xlstm": Module(HOME, {"cache_xlstm", STATES}, {"torch"}),
+    "costs_xlstm": Module(HOME, {CONFIG, "layers_xlstm", "modeling_xlstm"}, {"torch"}),
+    "gates_xlstm": Module(HOME, {STATES}, {"torch"}),
     "recurrent_xlstm": Module(HOME, {STATES, COMMON, "ops_mlstm", "ops_slstm", "layers_xlstm"}, {"torch"}),
     "sequence_xlstm": Module(HOME, {CONFIG, "modeling_xlstm", "forecasting_xlstm"}, {"torch"}),
     "forecasting_cells": Module(HOME + 1, {STATES, COMMON, "recurrent_xlstm"}, {"torch"}),

@@ -99,6 +99,9 @@ def test_a_run_leaves_a_checkpoint_that_loads_and_the_bits_per_byte_of_the_held_
     size = sum(len(text.encode()) for text in held_out)
     assert_same(logged(folder, "eval_bits_per_byte"), nats / math.log(2) / size, FLOAT32)
     assert f"{logged(folder, 'eval_bits_per_byte'):.4f} bits per byte" in capsys.readouterr().out
+    for name in ("grad_norm", "mfu", "peak_memory_mb", "gates/00_mlstm/forget_mean", "gates/01_slstm/input_max"):
+        assert logged(folder, name) != 0
+    assert list(folder.glob("runs/*/events.out.tfevents.*")), "TensorBoard is told where it is installed"
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
