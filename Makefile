@@ -25,5 +25,7 @@ test-remote: ## checkpoints load and run where the package is not importable
 kernels: ## compile every kernel for every shape, a quarter of an hour; writes the table under docs/
 	python scripts/compile_kernels.py --json docs/kernel_resources_triton_$$(python -c 'import triton; print(triton.__version__)').json
 
-bench: ## every benchmark in scripts/
-	set -e; for script in $(sort $(wildcard scripts/benchmark_*.py)); do python "$$script"; done
+bench: ## speed and memory on the CPU, serving, and the kernels where there is a GPU; scripts/benchmark_assisted.py needs a model
+	python scripts/benchmark.py
+	python scripts/benchmark_serving.py
+	python scripts/benchmark_gpu.py

@@ -1,17 +1,28 @@
 """Time this package against its peers on the CPU: training, prefill, decoding and the cells alone, as ratios.
 
-    pip install xlstm mlstm_kernels    # optional peers, only to be measured against
-    python scripts/benchmark.py --json benchmark.json
+Half an hour on 2 CPU cores that do nothing else; the peers are optional, and only measured against:
+
+    pip install xlstm mlstm_kernels
+    python scripts/benchmark.py --json benchmark.json --plots plots
+
+The tables and plots of a run once more, and the tables into a document that has a place for them:
+
+    python scripts/benchmark.py --from_json benchmark.json --plots plots --markdown README.md
 
 The contestants of a row hold the same weights and inputs, run in one process and take turns; a row is not timed unless
-they computed the same. A ratio is the first peer's median time over ours; peak memory is that of a process of its own.
+they computed the same. Rows of another function, Llama and Mamba2 of about as many parameters, have nothing to check
+and no target. A ratio compares medians. Memory is measured in a process of its own for each contestant: what it has
+allocated at most during training steps, weights, gradients, optimizer and activations, over what was there before the
+model was made; Python, libraries and code are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,115 +31,231 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from benchmark_works import WORKS, Contest, missing
+from benchmark_models import FULL, TINY, Contestant, Size, from_state, ids, read, state_bytes
+from benchmark_report import draw_plots, summary, tables, write_between_marks
+from benchmark_works import AGREEMENT, DECODED, F32, NOISE, Work, all_works, large, others
+from machine import describe_machine
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+CONTEXTS = "contexts"  # the row that is a curve
+MOST_ROUNDS = 50
+Row = dict[str, Any]
 
-def disagreement(contest: Contest) -> float:
-    """Largest error over scale between ours and every other contestant; runs each once."""
-    results = [run() for run in contest.runs.values()]
+
+def disagreement(results: list[Any]) -> float:
+    """Largest error over scale between the first result and every other."""
     worst = 0.0
     for result in results[1:]:
-        for ours, other in zip(tensors(results[0]), tensors(result), strict=True):
-            error = (ours.double() - other.double()).abs().max() / other.double().abs().max()
+        for mine, other in zip(_tensors(results[0]), _tensors(result), strict=True):
+            error = (mine.double() - other.double()).abs().max() / other.double().abs().max()
             worst = max(worst, error.nan_to_num(float("inf")).item())
     return worst
 
 
-def tensors(result: Any) -> tuple[Tensor, ...]:
+def _tensors(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def measure(contest: Contest, rounds: int, name: str) -> dict[str, list[float]]:
-    """Seconds of every run of every contestant, taken in turns."""
-    seconds: dict[str, list[float]] = {contestant: [] for contestant in contest.runs}
-    for _ in tqdm(range(rounds), desc=name, leave=False):
-        for contestant, run in contest.runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[contestant].append(time.perf_counter() - start)
-    return seconds
+def run_once(contestant: Contestant) -> tuple[Any, float]:
+    """What a run returns, and its seconds."""
+    prepared = contestant.prepare()
+    start = time.perf_counter()
+    result = contestant.run(prepared)
+    return result, time.perf_counter() - start
 
 
-def time_row(name: str, rounds: int) -> dict[str, Any]:
-    contest = WORKS[name][1]()
-    error = disagreement(contest)
-    if contest.agreement is not None and error > contest.agreement:
-        raise SystemExit(f"benchmark.py: contestants of {name!r} differ by {error:.1e} of scale; it is not timed.")
-    seconds = measure(contest, rounds, name)
-    medians = {contestant: statistics.median(spent) for contestant, spent in seconds.items()}
-    ours, *peers = medians
-    best = min(peers, key=lambda peer: medians[peer])
-    return {
-        "work": name,
-        "tokens_per_second": {contestant: contest.tokens / spent for contestant, spent in medians.items()},
-        "milliseconds": {contestant: 1000 * spent for contestant, spent in medians.items()},
-        "fastest_peer": best,
-        "ratio": medians[best] / medians[ours],
-        "target": contest.target,
-        "difference": error if contest.agreement is not None else None,
+def measure(contestants: dict[str, Contestant], rounds: int, seconds: float, name: str) -> dict[str, list[float]]:
+    """Seconds of every run: contestants take turns, in reverse order every other round."""
+    spent: dict[str, list[float]] = {contestant: [] for contestant in contestants}
+    with tqdm(desc=name, unit="round", leave=False) as bar:
+        while bar.n < rounds or (bar.n < MOST_ROUNDS and sum(map(sum, spent.values())) < seconds):
+            for contestant in list(contestants)[:: -1 if bar.n % 2 else 1]:
+                spent[contestant].append(run_once(contestants[contestant])[1])
+            bar.update()
+    return spent
+
+
+def claim(what: str, value: float, **bound: float | None) -> dict[str, Any]:
+    """A ratio and its target, `at_least` or `at_most`."""
+    return {"what": what, "value": value, **{name: target for name, target in bound.items() if target is not None}}
+
+
+def time_row(name: str, work: Work, rounds: int, seconds: float) -> Row:
+    """The times of a row and the ratio that matters, or why it was not timed."""
+    contestants = {contestant: make() for contestant, make in work.makers.items()}
+    results = [run_once(contestant)[0] for contestant in contestants.values()]  # warms up, too
+    error = None
+    if work.kind == "peer":
+        assert work.agreement is not None, f"{name}: peers must agree"
+        error = disagreement(results)
+        if error > work.agreement:
+            return {"difference": error, "refused": f"contestants differ by {error:.1e} of scale"}
+    if work.floor is not None:
+        contestants["floor"] = work.floor()
+    spent = measure(contestants, rounds, seconds, name)
+    medians = {contestant: statistics.median(found) for contestant, found in spent.items()}
+    first, *rest = work.makers
+    row: Row = {
+        "difference": error,
+        "rounds": len(spent[first]),
+        "milliseconds": {contestant: 1000 * median for contestant, median in medians.items()},
+        "milliseconds_least": {contestant: 1000 * min(found) for contestant, found in spent.items()},
+        "tokens_per_second": {c: contestants[c].tokens / median for c, median in medians.items()},
     }
+    if work.kind == "itself":
+        long, short = (medians[c] / contestants[c].tokens for c in (first, rest[0]))
+        return {**row, "claims": [claim("time per token", long / short, at_most=NOISE)]}
+    best = min(rest, key=lambda peer: medians[peer])
+    faster = [claim("speed", medians[best] / medians[first], at_least=work.faster)] if work.kind == "peer" else []
+    return {**row, "fastest_peer": best if work.kind == "peer" else None, "claims": faster}
 
 
-def peak_memory(name: str, contestant: str) -> int:
-    """Bytes resident at most while one contestant of a row runs twice, in a process of its own."""
-    command = [sys.executable, __file__, "--only", name, "--contestant", contestant]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+def memory_row(name: str, work: Work, row: Row, options: list[str]) -> None:
+    """Add the memory of every contestant, and its ratio."""
+    assert work.memory is not None
+    contestants = tqdm(work.makers, desc=f"{name}, memory", leave=False)
+    found = {c: allocated_in_a_process(name, c, options) for c in contestants}
+    row["memory"] = found
+    first, second, *_ = found
+    if work.kind == "itself":
+        tokens = {c: make().tokens for c, make in work.makers.items()}
+        long, short = ((found[c]["peak"] - found[c]["fixed"]) / tokens[c] for c in (first, second))
+        row["claims"].append(claim("memory per token", long / short, at_most=work.memory))
+    elif work.kind == "peer":
+        peer = row.get("fastest_peer") or second
+        row["claims"].append(claim("memory", found[first]["peak"] / found[peer]["peak"], at_most=work.memory or None))
 
 
-def print_peak_memory(name: str, contestant: str) -> None:
-    import resource
+def allocated_in_a_process(name: str, contestant: str, options: list[str]) -> dict[str, int]:
+    command = [sys.executable, __file__, "--only", name, "--contestant", contestant, *options]
+    return dict(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
 
-    run = WORKS[name][1]().runs[contestant]
-    run()
-    run()
-    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+def can_measure_memory() -> bool:
+    return Path("/proc/self/clear_refs").exists()
+
+
+def print_allocated(work: Work, contestant: str) -> None:
+    """Bytes that one contestant has allocated: between steps, `fixed`, and at most, `peak`.
+
+    Not `ru_maxrss`: a process inherits that of the one that started it, and it cannot be set back. Pages of files are
+    left out, because which parts of the libraries are read is chance.
+    """
+    before = _resident("RssAnon")
+    made = work.makers[contestant]()
+    run_once(made)  # the optimizer makes its state in its first step
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # glibc only: give back what is free
+        ctypes.CDLL(None).malloc_trim(0)
+    fixed = _resident("RssAnon") - before
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    for _ in range(2):
+        run_once(made)
+    peak = _resident("VmHWM") - _resident("RssFile") - _resident("RssShmem") - before
+    print(json.dumps({"peak": peak, "fixed": fixed}))
+
+
+def _resident(field: str) -> int:
+    """Bytes, from Linux."""
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def read_contexts(size: Size, rounds: int) -> dict[str, Any]:
+    """Time of a decoded token and bytes of the state, after contexts of every length, of all language models."""
+    makers = {**others(size), **{n: m for n, m in large(size, "inference").items() if n == "transformers (inference)"}}
+    models = {name: make().eval() for name, make in makers.items()}
+    tokens, new = ids(size, 1, size.contexts[-1]), ids(size, 1, DECODED, seed=2)
+    states: dict[str, Any] = dict.fromkeys(models)
+    found: dict[str, Any] = {name: {"milliseconds": [], "state_bytes": []} for name in models}
+    past = 0
+    for length in tqdm(size.contexts, desc=CONTEXTS, leave=False):
+        for name, model in models.items():
+            with torch.inference_mode():
+                states[name] = read(model, tokens[:, past:length], states[name])[1]
+        contestants = {name: from_state(model, states[name], new) for name, model in models.items()}
+        results = {name: run_once(contestant)[0] for name, contestant in contestants.items()}
+        error = disagreement([results["ours"], results["transformers (inference)"]])
+        if error > AGREEMENT[F32]:
+            return {"difference": error, "refused": f"after {length} tokens ours and transformers' xlstm differ"}
+        for name, spent in measure(contestants, rounds, 0, f"after {length} tokens").items():
+            found[name]["milliseconds"].append(1000 * statistics.median(spent) / DECODED)
+            found[name]["state_bytes"].append(state_bytes(states[name]))
+        past = length
+    for name, model in models.items():
+        found[name]["parameters"] = sum(p.numel() for p in model.parameters())
+    return {"lengths": list(size.contexts), "models": found}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time this package against its peers on the CPU.")
     add = parser.add_argument
     add("--only", nargs="+", default=[], metavar="WORDS", help="rows whose name contains one of these")
-    add("--rounds", type=int, default=5, help="turns of each contestant (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="least turns of each contestant (default: %(default)s)")
+    add("--seconds", type=float, default=5.0, help="short rows take turns for so long (default: %(default)s)")
     add("--threads", type=int, default=2, help="of torch (default: %(default)s)")
-    add("--memory", action="store_true", help="also measure the peak memory of training rows")
-    add("--json", type=Path, help="also write the result there")
+    add("--no_memory", action="store_true", help="measure time only")
+    add("--tiny", action="store_true", help="tiny sizes: shows that everything runs, and nothing about speed")
+    add("--json", type=Path, help="write the result there, after every row")
+    add("--from_json", type=Path, help="measure nothing; take the result from there")
+    add("--plots", type=Path, metavar="FOLDER", help="draw there; needs matplotlib")
+    add("--markdown", type=Path, help="put the tables into this document, between its marks")
     add("--contestant", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def show(row: dict[str, Any]) -> None:
-    speeds = ", ".join(f"{name} {value:,.0f}" for name, value in row["tokens_per_second"].items())
-    target = "" if row["target"] is None else f" (target {row['target']})"
-    memory = "".join(f", {name} {value / 2**30:.2f} GB" for name, value in row.get("peak_memory", {}).items())
-    tqdm.write(f"{row['work']:40} {row['ratio']:6.2f} x{target:14} tokens/s: {speeds}{memory}")
+def measure_all(arguments: argparse.Namespace, works: dict[str, Work], size: Size) -> dict[str, Any]:
+    result: dict[str, Any] = {"about": describe_machine("xlstm", "mlstm_kernels"), "rows": []}
+    result["about"] |= {"rounds": arguments.rounds, "tiny": arguments.tiny}
+    options = ["--threads", str(arguments.threads), *(["--tiny"] if arguments.tiny else [])]
+    memory = not arguments.no_memory and can_measure_memory()
+
+    def write() -> None:
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+    for name, work in tqdm(works.items(), desc="Rows"):
+        row: Row = {"work": name, "kind": work.kind, "claims": []}
+        if absent := work.missing():
+            row["left_out"] = f"{', '.join(absent)} is not installed"
+        elif work.timed:
+            row |= time_row(name, work, arguments.rounds, arguments.seconds)
+        if work.memory is not None and memory and not {"left_out", "refused"} & row.keys():
+            memory_row(name, work, row, options)
+        result["rows"].append(row)
+        tqdm.write(summary(row))
+        write()
+    if not arguments.only or any(words in CONTEXTS for words in arguments.only):
+        result[CONTEXTS] = read_contexts(size, arguments.rounds)
+        write()
+    return result
 
 
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    chosen = [name for name in WORKS if not arguments.only or any(words in name for words in arguments.only)]
-    if not chosen:
-        raise SystemExit(f"benchmark.py: `--only` must name rows; got {arguments.only}. Rows: {', '.join(WORKS)}.")
+    size = TINY if arguments.tiny else FULL
+    works = all_works(size)
     if arguments.contestant:
-        print_peak_memory(chosen[0], arguments.contestant)
+        print_allocated(works[arguments.only[0]], arguments.contestant)
         return
-    rows = []
-    for name in tqdm(chosen, desc="Rows"):
-        if absent := missing(WORKS[name][0]):
-            tqdm.write(f"{name:40} left out: {absent} is not installed")
-            continue
-        row = time_row(name, arguments.rounds)
-        if arguments.memory and name.startswith("train"):
-            row["peak_memory"] = {c: peak_memory(name, c) for c in row["milliseconds"]}
-        rows.append(row)
-        show(row)
-    about = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    about |= {"transformers": transformers.__version__, "python": platform.python_version()}
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"rows": rows, "about": about}, indent=2) + "\n", "utf-8")
+    if arguments.from_json is not None:
+        result = json.loads(arguments.from_json.read_text("utf-8"))
+    else:
+        chosen = {name: w for name, w in works.items() if any(words in name for words in arguments.only or [""])}
+        if not chosen and not any(words in CONTEXTS for words in arguments.only):
+            rows = ", ".join([*works, CONTEXTS])
+            raise SystemExit(f"benchmark.py: `--only` must name rows; got {arguments.only}. Rows: {rows}.")
+        result = measure_all(arguments, chosen, size)
+    print(tables(result))
+    if arguments.markdown is not None:
+        write_between_marks(arguments.markdown, tables(result))
+    if arguments.plots is not None:
+        draw_plots(result, arguments.plots)
+    results = [*result["rows"], {"work": CONTEXTS, **result.get(CONTEXTS, {})}]
+    if wrong := [row["work"] for row in results if "refused" in row]:
+        raise SystemExit(f"benchmark.py: {wrong} failed their checks and were not timed.")
 
 
 if __name__ == "__main__":

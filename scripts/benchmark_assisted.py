@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from corpus import read_standard_library
+from machine import describe_machine
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoTokenizer
@@ -133,12 +132,11 @@ def main() -> None:
         }
         for name, done in runs.items()
     }
-    about = {name: str(value) for name, value in vars(arguments).items() if name != "json"}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    about |= {"machine": platform.machine(), "threads": str(torch.get_num_threads()), **versions}
-    print(json.dumps({**result, "about": about}, indent=2))
+    sizes = {name: value for name, value in vars(arguments).items() if isinstance(value, int)}
+    text = json.dumps({**result, "about": describe_machine() | sizes}, indent=2)
+    print(text)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({**result, "about": about}, indent=2) + "\n", "utf-8")
+        arguments.json.write_text(text + "\n", "utf-8")
 
 
 if __name__ == "__main__":

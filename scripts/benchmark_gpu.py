@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from machine import describe_machine
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -331,19 +330,6 @@ def guarded(name: str, run: Run) -> Any:
         return f"{type(error).__name__}: {str(error)[:200]}"
 
 
-def described(bench: Bench) -> Result:
-    """Machine and versions."""
-    packages = ("torch", "triton", "transformers", "mlstm_kernels", "flash-linear-attention")
-    versions: Result = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    machine = torch.cuda.get_device_name() if bench.cuda else f"{platform.machine()}, Triton's interpreter"
-    return {"machine": machine, "dtype": str(bench.dtype), "versions": versions}
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The Triton kernels on one GPU: right first, then fast.")
     add = parser.add_argument
@@ -365,7 +351,8 @@ def main() -> None:
         raise SystemExit("benchmark_gpu.py: `--device cpu` needs TRITON_INTERPRET=1 in the environment.")
     torch.manual_seed(0)
     bench = Bench(torch.device(arguments.device), arguments.seconds)
-    result: Result = described(bench)
+    about = describe_machine("triton", "mlstm_kernels", "flash-linear-attention")
+    result: Result = {"about": about, "device": arguments.device, "dtype": str(bench.dtype)}
 
     def write() -> None:
         if arguments.json is not None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from machine import describe_machine
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from modeling_xlstm import Request, XLSTMConfig, XLSTMEngine, XLSTMForCausalLM
@@ -101,9 +100,7 @@ def main() -> None:
         "ratio": round(speed["continuous"] / speed["padded"], 2),
         "new_tokens": new,
         **{name: value for name, value in vars(arguments).items() if name != "json"},
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "about": describe_machine(),
     }
     print(json.dumps(result, indent=2))
     if arguments.json is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from corpus import read_standard_library
+from machine import describe_machine, machine_in_words
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoTokenizer
@@ -58,6 +59,7 @@ def main() -> None:
         logits, finite = last_logits(model, ids, 1, dtype)
         error, changed = (logits - exact).abs().max(), (logits.argmax(-1) != exact.argmax(-1)).double().mean()
         print(f"{dtype}: largest error {error:.2e}, argmax differs {changed:.2%}, states finite: {finite}")
+    print(machine_in_words(describe_machine()))
 
 
 if __name__ == "__main__":

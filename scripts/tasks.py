@@ -7,23 +7,19 @@ machine are what was measured in that run; nothing else is written into a card.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import string
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
+from machine import describe_machine
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForTokenClassification
 
-from modeling_xlstm import XLSTMConfig, XLSTMForTokenClassification, __version__
+from modeling_xlstm import XLSTMConfig, XLSTMForTokenClassification
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "task_template.md"
 
@@ -145,25 +141,24 @@ class Report:
             size: of the figure, in inches.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = f"python {' '.join([f'scripts/{Path(sys.argv[0]).name}', *sys.argv[1:]])}"
+        on = describe_machine()
         facts = {
             **self.about,
             "title": self.title,
             "table": self.table(),
-            "command": command,
-            "machine": f"{os.cpu_count()} {platform.machine()} CPU cores, torch threads: {torch.get_num_threads()}",
-            "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
-            f"transformers {transformers.__version__}, xlstm-transformers {__version__}",
-            "date": datetime.date.today().isoformat(),
+            "command": on["command"],
+            "machine": f"{on['cores']} {on['architecture']} CPU cores, torch threads: {on['threads']}",
+            "versions": ", ".join(f"{name} {version}" for name, version in on["versions"].items()),
+            "date": on["date"],
         }
         (self.folder / "results.json").write_text(json.dumps({**facts, "rows": self.rows}, indent=1), "utf-8")
         (self.folder / "table.md").write_text(facts["table"], "utf-8")
         (self.folder / "README.md").write_text(string.Template(TEMPLATE.read_text("utf-8")).substitute(facts), "utf-8")
-        _draw(plot, size, self.folder / "plot.png")
+        draw(plot, size, self.folder / "plot.png")
         print(f"{self.folder}: results.json, table.md, plot.png, README.md")
 
 
-def _draw(plot: Callable[[Any], None], size: tuple[float, float], path: Path) -> None:
+def draw(plot: Callable[[Any], None], size: tuple[float, float], path: Path) -> None:
     """Draw a figure into a file; without matplotlib, say how to get it."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

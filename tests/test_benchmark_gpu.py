@@ -23,7 +23,7 @@ def test_the_gpu_benchmark_runs_at_tiny_size_in_the_interpreter(tmp_path: Path) 
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text("utf-8"))
-    assert {"machine", "versions", "dtype"} <= result.keys()
+    assert {"about", "device", "dtype"} <= result.keys()
     assert all(check["passes"] for check in result["checks"].values())
     for kind in ("mlstm {", "mlstm step", "slstm", "model large, ours"):
         assert any(name.startswith(kind) for name in result), kind

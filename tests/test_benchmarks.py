@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkout import ROOT
 from inputs import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -35,7 +36,7 @@ def test_continuous_batching_is_timed_against_padded_batches(tmp_path: Path) -> 
     result = benchmark("benchmark_serving.py", tmp_path, **sizes)
     assert sizes.items() <= result.items()
     assert result["new_tokens"] >= 3 * 4
-    assert {"machine", "threads", "versions"} <= result.keys()
+    assert {"cpu", "threads", "versions"} <= result["about"].keys()
     assert result["ratio"] > 0
 
 
@@ -55,9 +56,135 @@ def test_assisted_decoding_is_timed_with_every_kind_of_draft(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_peers_are_timed_after_they_agreed(tmp_path: Path) -> None:
-    result = benchmark("benchmark.py", tmp_path, "--only", "prefill large 512", rounds=1)
-    (row,) = result["rows"]
-    assert row["milliseconds"].keys() == {"ours", "transformers xlstm"}
-    assert 0 < row["difference"] < 1
-    assert {"machine", "threads", "torch", "transformers"} <= result["about"].keys()
+def test_a_benchmark_of_tiny_models_leaves_json_tables_and_plots(tmp_path: Path) -> None:
+    rows = ("train large 4x63", "decode large batch 1 fp32", "contexts")
+    (tmp_path / "README.md").write_text("before\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nafter\n", "utf-8")
+    files = ("--plots", tmp_path / "plots", "--markdown", tmp_path / "README.md")
+    result = benchmark("benchmark.py", tmp_path, "--tiny", "--only", *rows, *files, rounds=1, seconds=0, threads=1)
+    decoding, training = result["rows"]
+    assert {"ours", "transformers (inference)", "floor"} <= decoding["milliseconds"].keys()
+    assert 0 < decoding["difference"] < 1
+    assert [claim["what"] for claim in training["claims"]] == ["speed", "memory"]
+    assert all(m["peak"] > m["fixed"] > 0 for m in training["memory"].values())
+    models = result["contexts"]["models"]
+    assert {"ours", "transformers (inference)", "llama", "mamba2"} == models.keys()
+    assert models["llama"]["state_bytes"][1] > models["llama"]["state_bytes"][0]
+    assert models["ours"]["state_bytes"][1] == models["ours"]["state_bytes"][0] > 0
+    assert {"cpu", "cores", "flags", "threads", "versions", "commit", "command", "date"} <= result["about"].keys()
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"ratios.png", "time_per_token.png", "state.png"}
+    readme = (tmp_path / "README.md").read_text("utf-8")
+    assert "| train large 4x63" in readme
+    assert "old" not in readme
+    assert readme.startswith("before\n")
+    assert readme.endswith("\nafter\n")
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+
+def contest(results: dict[str, float]) -> Any:
+    from benchmark_models import Contestant
+    from benchmark_works import Work
+
+    makers = {n: lambda x=x: Contestant(lambda _: torch.tensor([x]), 1) for n, x in results.items()}
+    return Work(makers, faster=1.0, agreement=0.01)
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize("wrong", [1.5, float("nan")])
+def test_a_contest_is_not_timed_when_one_computes_something_else(wrong: float) -> None:
+    from benchmark import time_row
+
+    row = time_row("x", contest({"ours": 1.0, "right": 1.0, "wrong": wrong}), 1, 0.0)
+    assert "refused" in row
+    assert "milliseconds" not in row
+
+
+@pytest.mark.usefixtures("scripts")
+def test_contestants_that_agree_are_timed_and_compared_with_the_fastest() -> None:
+    from benchmark import time_row
+
+    row = time_row("x", contest({"ours": 1.0, "peer": 1.0, "other": 1.0}), 3, 0.0)
+    assert row["rounds"] == 3
+    assert row["fastest_peer"] == min(("peer", "other"), key=row["milliseconds"].get)
+    assert row["claims"][0]["value"] == row["milliseconds"][row["fastest_peer"]] / row["milliseconds"]["ours"]
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.skipif(sys.platform != "linux", reason="waits for a machine with Linux, which tells what is resident")
+def test_memory_is_what_a_contestant_allocates_and_not_what_was_there(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmark import print_allocated
+    from benchmark_models import Contestant
+    from benchmark_works import Work
+
+    there = torch.ones(2**26)  # 256 MiB; a peak set back counts them no more
+
+    def make() -> Contestant:
+        weights = torch.ones(2**24)
+        return Contestant(lambda _: (weights + 1).sum() + there[0], 1)
+
+    print_allocated(Work({"ours": make}, kind="other"), "ours")
+    found = json.loads(capsys.readouterr().out)
+    assert 60 < found["fixed"] / 2**20 < 68
+    assert 124 < found["peak"] / 2**20 < 136
+
+
+@pytest.mark.usefixtures("scripts")
+def test_every_row_that_was_asked_for_has_its_target() -> None:
+    from benchmark_models import FULL
+    from benchmark_works import all_works
+
+    asked = {
+        "train neurips 4x512": (2.2, 0.35),
+        "slstm layer 4x512 forward": (6.0, None),
+        "slstm layer 4x4096 forward+backward": (8.0, None),
+        "prefill neurips 512": (1.5, None),
+        "prefill neurips 4096": (4.0, None),
+        "decode neurips": (2.0, None),
+        "mlstm op 2048": (2.0, None),
+        "prefill large": (1.15, None),
+        "decode large batch 1 fp32": (1.3, None),
+        "decode large batch 1 bf16": (1.6, None),
+        "decode large batch 8 bf16": (1.4, None),
+        "train large 4x51": (1.1, 0.7),
+    }
+    works = all_works(FULL)
+    for words, targets in asked.items():
+        found = {(work.faster, work.memory) for name, work in works.items() if words in name}
+        assert targets in found, words
+    assert works["decode large after 8192 against 256"].kind == "itself"
+    assert works["train large 8192 against 512"].memory is not None
+    assert {work.kind for name, work in works.items() if "others" in name} == {"other"}
+
+
+@pytest.mark.usefixtures("scripts")
+def test_tables_say_which_targets_were_missed() -> None:
+    from benchmark_report import verdict
+
+    assert verdict({"value": 2.0, "at_least": 1.5}) == "2.00 (≥ 1.5)"
+    assert verdict({"value": 1.0, "at_least": 1.5}) == "1.00 (≥ 1.5, missed)"
+    assert verdict({"value": 0.5, "at_most": 0.35}) == "0.50 (≤ 0.35, missed)"
+    assert verdict({"value": 0.5}) == "0.50"
+
+
+@pytest.mark.usefixtures("scripts")
+def test_tables_go_only_where_a_document_has_a_place_for_them(tmp_path: Path) -> None:
+    from benchmark_report import write_between_marks
+
+    (tmp_path / "README.md").write_text("<!-- benchmark -->\n", "utf-8")
+    with pytest.raises(SystemExit, match="must have the lines"):
+        write_between_marks(tmp_path / "README.md", "table\n")
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_description_of_a_machine_holds_no_path_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from machine import describe_machine, machine_in_words
+
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "run.py"), "--json", str(tmp_path / "out.json")])
+    about = describe_machine("no-such-package")
+    assert about["command"] == "python scripts/run.py --json out.json"
+    assert about["versions"]["no-such-package"] is None
+    assert str(tmp_path) not in json.dumps(about)
+    assert f"torch {torch.__version__}" in machine_in_words(about)
