@@ -61,7 +61,7 @@ class Segments(Dataset[dict[str, Tensor]]):
         seed: int | None,
     ):
         if hasattr(documents, "lengths"):
-            stored: StoredDocuments = documents
+            stored: Any = documents
             ids, lengths = stored.ids, stored.lengths
         else:
             # Half the memory of torch's own integers; a vocabulary needs no more.

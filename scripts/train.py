@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import transformers
 import yaml  # type: ignore[import-untyped]
 from corpus import WrongInput, load_or_train_tokenizer
@@ -196,7 +197,11 @@ def train(settings: TrainingArguments, run: RunArguments) -> None:
     say = print if settings.process_index == 0 else silent
     folder = Path(str(settings.output_dir))
     check(run, settings)
-    source = open_source(run)
+    if settings.disable_tqdm or settings.process_index:
+        datasets.disable_progress_bars()
+    with settings.main_process_first():
+        source = open_source(run)
+    say(f"Source     {source.about}")
     model, tokenizer = open_model(run, settings, source)
     say(f"Model      {model.num_parameters():,} parameters; {len(tokenizer):,} tokens")
     trainer = make_trainer(run, settings, model, tokenizer, source)

@@ -115,7 +115,9 @@ def split(data: DataArguments, splits: Any, name: str) -> Source:
         held_out = Dataset.from_dict({"text": [row["text"] for row in train.take(count)]})
         return Source(train.skip(count), held_out, f"{about}the first {count} documents.")
     if data.held_out_documents:
-        count = min(data.held_out_documents, len(train))
+        count = data.held_out_documents
+        if count >= len(train):
+            raise WrongInput(f"`--held_out_documents` must leave some to train on; got {count} of {len(train)}.")
         rows = train.select(range(count, len(train))), train.select(range(count))
         return Source(*rows, f"{about}the first {count} documents.")
     if other := next((part for part in ("validation", "test") if part in texts), None):

@@ -20,7 +20,7 @@ import pytest
 import torch
 from checkout import ROOT
 from safetensors.torch import load_file
-from tolerances import FLOAT32, assert_identical, assert_same
+from tolerances import BFLOAT16, FLOAT32, assert_identical, assert_same
 from transformers import AutoTokenizer
 
 from modeling_xlstm import XLSTMForCausalLM
@@ -45,6 +45,7 @@ learning_rate: 1.0e-2
 save_steps: 3
 logging_steps: 3
 use_cpu: true
+token_cache: cache
 """
 
 
@@ -133,6 +134,27 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(script: Module
         assert logged(tmp_path / "run", name) == logged(whole, name)
 
 
+def test_accumulation_and_checkpointing_change_no_weight_and_bfloat16_trains(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    """By plain gradient descent, as below."""
+    recipe = RECIPE.replace("learning_rate: 1.0e-2", "learning_rate: 0.5\noptim: sgd").replace("12", "4")
+    (tmp_path / "recipe.yaml").write_text(recipe, "utf-8")
+    kinds = {
+        "alone": [],
+        "parts": ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"],
+        "again": ["--activation_checkpointing"],
+        "short": ["--bf16"],
+    }
+    for name, words in kinds.items():
+        run(script, *words)
+        (tmp_path / "run").rename(tmp_path / name)
+    for name in ("parts", "again"):
+        assert_same(load_file(f"{name}/model.safetensors"), load_file("alone/model.safetensors"), FLOAT32)
+        assert_same(logged(tmp_path / name, "loss"), logged(tmp_path / "alone", "loss"), FLOAT32)
+    assert_same(logged(tmp_path / "short", "loss"), logged(tmp_path / "alone", "loss"), BFLOAT16)
+
+
 @pytest.mark.slow
 def test_two_processes_train_to_the_weights_of_one(script: ModuleType, tmp_path: Path) -> None:
     """Over gloo, by plain gradient descent, for Adam blows up the rounding of gradients that are nearly zero."""
@@ -215,7 +237,7 @@ def test_text_is_tokenised_once_and_again_where_text_tokenizer_or_vocabulary_cha
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = words_of(40)
-    _, arguments = script.parse(["recipe.yaml", "--output_dir", "x", "--token_cache", "cache"])
+    _, arguments = script.parse(["recipe.yaml", "--output_dir", "x"])
     tokenizers = [script.load_or_train_tokenizer(Path(f"of{n}"), texts[:n], 300 + n) for n in (20, 40)]
 
     def tokens(texts: list[str], which: int, vocab_size: int = 400) -> Any:
@@ -248,7 +270,7 @@ def test_ids_in_many_chunks_are_read_at_any_places() -> None:
 
 
 def test_a_stream_packs_every_document_in_turn_and_begins_anew_in_another_order(script: ModuleType) -> None:
-    texts = words_of(30)
+    texts = words_of(12)
     tokenizer = script.load_or_train_tokenizer(Path("tokenizer"), texts, 320)
     documents = train_data.Dataset.from_dict({"text": texts}).to_iterable_dataset()
     rows = list(itertools.islice(train_data.Stream(documents, tokenizer, 320, 32, 0), 200))
@@ -259,6 +281,8 @@ def test_a_stream_packs_every_document_in_turn_and_begins_anew_in_another_order(
     assert len(read) > 2 * count
     assert sorted(read[:count]) == sorted(read[count : 2 * count]) == sorted(wanted)
     assert read[:count] != read[count : 2 * count]
+    with pytest.raises(script.WrongInput, match="and the model knows 300"):
+        next(iter(train_data.Stream(documents, tokenizer, 300, 32, 0)))
     inside = numbers[:-1] == numbers[1:]
     assert_identical(torch.cat([row["shift_labels"] for row in rows])[:-1][inside], ids[1:][inside])
     assert (torch.cat([row["labels"] for row in rows])[:-1][~inside] == -100).all()
@@ -271,7 +295,7 @@ def stream(script: ModuleType, tmp_path: Path) -> Path:
     train_data.Dataset.from_dict({"text": texts}).to_json("rows.jsonl")
     script.load_or_train_tokenizer(Path("tokenizer"), texts, 320)
     recipe = RECIPE.replace("text: [first.txt, second.txt]", "")
-    more = "streaming: true\nheld_out_documents: 5\ntokenizer: tokenizer\ntoken_cache: cache\n"
+    more = "streaming: true\nheld_out_documents: 5\ntokenizer: tokenizer\n"
     (tmp_path / "recipe.yaml").write_text(recipe + more, "utf-8")
     return tmp_path
 
@@ -309,7 +333,8 @@ def test_a_stream_resumed_after_a_failure_ends_with_the_weights_of_an_undisturbe
         (["--text", "rows.jsonl", "--held_out_documents", "0"], "must be at least 1; got 0"),
         (["--text", "rows.jsonl", "--model", "small.json"], "and the model knows 300"),
         (["--streaming", "false", "--dataset", "nowhere"], "`--dataset` must name a data set, or a folder"),
-        (["--streaming", "false", "--text", "empty.jsonl"], "no document with text to be held out"),
+        (["--streaming", "false", "--text", "empty.jsonl"], "must leave some to train on; got 5 of 2"),
+        (["--text", "empty.jsonl"], "no document with text to be held out"),
     ],
 )
 def test_streams_that_cannot_be_trained_on_are_refused_by_name(
