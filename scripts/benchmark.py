@@ -12,8 +12,8 @@ The tables and plots of a run once more, and the tables into a document that has
 The contestants of a row hold the same weights and inputs, run in one process and take turns; a row is not timed unless
 they computed the same. Rows of another function, Llama and Mamba2 of about as many parameters, have nothing to check
 and no target. A ratio compares medians. Memory is measured in a process of its own for each contestant: what it has
-allocated at most during training steps, weights, gradients, optimizer and activations, over what was there before the
-model was made; Python, libraries and code are not counted.
+allocated at most during a training step after the first, weights, gradients, optimizer and activations, over what was
+there before the model was made; Python, libraries and code are not counted.
 """
 
 from __future__ import annotations
@@ -150,8 +150,7 @@ def print_allocated(work: Work, contestant: str) -> None:
         ctypes.CDLL(None).malloc_trim(0)
     fixed = _resident("RssAnon") - before
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-    for _ in range(2):
-        run_once(made)
+    run_once(made)
     peak = _resident("VmHWM") - _resident("RssFile") - _resident("RssShmem") - before
     print(json.dumps({"peak": peak, "fixed": fixed}))
 
