@@ -7,6 +7,7 @@ of them, the state is the one after.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import cast
 
 import torch
@@ -86,7 +87,8 @@ def norm_offset(config: XLSTMConfig) -> float:
     return 1.0 if config.block_style == "neurips" else 0.0
 
 
-MANY = 2**16  # products from which a batched matrix product is the faster way
+# From so many tokens on, blocks are laid together up to this width: fewer and larger products.
+ROWS, WIDTH = 64, 32
 
 
 class HeadwiseLinear(nn.Module):
@@ -98,13 +100,17 @@ class HeadwiseLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(heads * out_size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        heads, _, in_size = self.weight.shape
-        x = x.unflatten(-1, (heads, in_size))
-        if x.numel() < MANY // in_size:
-            x = (x[..., None, :] * self.weight).sum(-1).flatten(-2)
-        else:
-            x = torch.einsum("...hi,hoi->...ho", x, self.weight).flatten(-2)
-        return x if self.bias is None else x + self.bias
+        weight: Tensor = self.weight
+        heads, out_size, in_size = weight.shape
+        together = math.gcd(heads, max(WIDTH // in_size, 1)) if x.numel() >= ROWS * heads * in_size else 1
+        if together > 1:
+            between = torch.eye(together, dtype=x.dtype, device=x.device).view(together, 1, together, 1)
+            weight = weight.view(-1, together, out_size, 1, in_size) * between  # zeros off the diagonal
+            weight = weight.reshape(-1, together * out_size, together * in_size)
+        heads, _, in_size = weight.shape
+        y = torch.bmm(x.reshape(-1, heads, in_size).transpose(0, 1), weight.mT)
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
 
 class CausalConv(nn.Module):

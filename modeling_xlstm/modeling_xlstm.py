@@ -22,8 +22,9 @@ from .configuration_xlstm import XLSTMConfig
 from .debug_xlstm import check_finite
 from .layers_xlstm import block_norm, soft_cap
 from .pretrained_xlstm import XLSTMPreTrainedModel
-from .states_xlstm import Call
-from .tokens_xlstm import lay_out_tokens, next_real_tokens
+from .states_xlstm import Call, LayerState
+from .step_xlstm import can_step, step
+from .tokens_xlstm import TokenLayout, lay_out_tokens, next_real_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -89,19 +90,15 @@ class XLSTMModel(XLSTMPreTrainedModel):
         past = 0 if cache is None else cache.get_seq_length()
         layout = lay_out_tokens((B, T), x.device, past, attention_mask, seq_idx, cu_seq_lens_q, position_ids)
 
-        recording = cache is not None and cache.recording
-        x = layout.pack(x)
-        hidden, states = [], []
         layers = self.layers[: self.config.num_hidden_layers]  # fewer while drafting with `assistant_early_exit`
-        befores = [None] * len(layers) if cache is None else cache.states
-        for i, (layer, before) in enumerate(zip(layers, befores, strict=True)):
-            if output_hidden_states:
-                hidden.append(layout.unpack(x))
-            y, state = layer(x, Call(before, layout.lengths, layout.reset, recording))
-            if self.config.debug:
-                check_finite(f"layers.{i}", layer, x, y, before, state)
-            x = y
-            states.append(state)
+        hidden: list[Tensor] = []
+        if T == 1 and self._decodes(layers, x, cache, layout) and not output_hidden_states:
+            y, states = step(layers, x[:, 0], cache.states)  # type: ignore[union-attr]
+            x = y[:, None]
+        else:
+            x, states = self._run_blocks(
+                layers, layout.pack(x), cache, layout, hidden if output_hidden_states else None
+            )
         x = layout.unpack(self.norm(x))
         if cache is not None:
             cache.store_(states, T, layout.real)
@@ -110,6 +107,30 @@ class XLSTMModel(XLSTMPreTrainedModel):
             past_key_values=cache,
             hidden_states=(*hidden, x) if output_hidden_states else None,
         )
+
+    def _decodes(self, layers: Any, x: Tensor, cache: XLSTMCache | None, layout: TokenLayout) -> bool:
+        """Whether a token may take the short way through the blocks."""
+        plain = cache is not None and cache.tokens_seen > 0 and layout.lengths is None and layout.reset is None
+        if not plain or torch.is_grad_enabled() or cache.recording or self.config.debug:  # type: ignore[union-attr]
+            return False
+        return self.config.kernel_backend in ("auto", "torch") and can_step(layers, x)
+
+    def _run_blocks(
+        self, layers: Any, x: Tensor, cache: XLSTMCache | None, layout: TokenLayout, hidden: list[Tensor] | None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """Packed tokens [B, T, D] through all blocks; what each of them gets is appended to `hidden`."""
+        recording = cache is not None and cache.recording
+        states = []
+        befores = [None] * len(layers) if cache is None else cache.states
+        for i, (layer, before) in enumerate(zip(layers, befores, strict=True)):
+            if hidden is not None:
+                hidden.append(layout.unpack(x))
+            y, state = layer(x, Call(before, layout.lengths, layout.reset, recording))
+            if self.config.debug:
+                check_finite(f"layers.{i}", layer, x, y, before, state)
+            x = y
+            states.append(state)
+        return x, states
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, input_features: Tensor | None) -> Tensor:
         """What was given, as [B, T, D]."""

@@ -119,10 +119,16 @@ def _stabilisers(
 BLOCK = 2**21  # numbers of the largest tensor of a block; more would only take memory
 
 
-def _blocks(shape: tuple[int, ...], width: int, reverse: bool = False) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut [H, B, N, L] tokens of a width into heads, rows and chunks; several of the one only with all of the next."""
+def _blocks(
+    shape: tuple[int, ...], widths: tuple[int, int], reverse: bool = False
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut [H, B, N, L] tokens into heads, rows and chunks; several of the one only with all of the next.
+
+    No tensor of a block is larger than `BLOCK`: neither its tokens of widths K and V, nor its states.
+    """
     H, B, N, L = shape
-    room = max(1, BLOCK // (L * width))
+    K, V = widths
+    room = max(1, BLOCK // max(L * L, L * K, L * V, K * V))
     chunks, rows, heads = _cut(N, room), _cut(B, room // N), _cut(H, room // (N * B))
     yield from itertools.product(heads, rows, chunks[::-1] if reverse else chunks)
 
@@ -150,7 +156,7 @@ class _Chunks(torch.autograd.Function):
         before = [x.new_empty(H, B, N, *x.shape[2:]) for x in state] if any(ctx.needs_input_grad) else []
         normalisers = [torch.empty_like(a), torch.empty_like(a)]
         qkv = [_by_chunk(x, N) for x in (q, k, v)]
-        for part in _blocks(a.shape, max(q.shape[-1], v.shape[-1])):
+        for part in _blocks(a.shape, (q.shape[-1], v.shape[-1])):
             weights = _Weights(*(_take(x, part) for x in (a, M, carry, write, floor)))
             given = [_take(x, part) for x in qkv], weights, _see(seen, part), [x[part[:2]] for x in state]
             h_block, after, block_before, block_normalisers = _read_and_write(*given, eps)
@@ -176,7 +182,7 @@ class _Chunks(torch.autograd.Function):
         ]
         dqkv, dweights = [x.new_empty(x.shape) for x in (q, k, v)], [torch.empty_like(x) for x in weights]
         tokens, gradients = [_by_chunk(x, N) for x in (q, k, v, h, dh)], [_by_chunk(x, N) for x in dqkv]
-        for part in _blocks(qn.shape, max(q.shape[-1], v.shape[-1]), reverse=True):
+        for part in _blocks(qn.shape, (q.shape[-1], v.shape[-1]), reverse=True):
             block_weights = _Weights(*(_take(x, part) for x in weights))
             saved = C_before[part], n_before[part], _take(qn, part), _take(normaliser, part)
             given = [_take(x, part) for x in tokens], block_weights, _see(seen, part), saved
@@ -226,6 +232,11 @@ def _read_and_write(
     return h.div_(normaliser[..., None]), [C, n], [C_before, n_before], [qn, normaliser]
 
 
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of x * y over all but the first dim, [G, ...] -> [G], without a tensor of their size."""
+    return torch.bmm(x.flatten(1)[:, None], y.flatten(1)[..., None]).view(-1)
+
+
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """scale * q @ k^T."""
     return torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=scale)
@@ -261,7 +272,7 @@ def _differentiate(
     q_carried = q * w.carry[..., None]
     dC_after, dC = _scan(torch.bmm(q_carried.mT, dnumerator), keep, dstate[0], reverse=True)
     dn_after, dn = _scan(torch.bmm(q_carried.mT, dqn[..., None])[..., 0], keep, dstate[1], reverse=True)
-    dcarry[:, -1] += (C * dC_after).sum((1, 2)) + (n * dn_after).sum(-1)
+    dcarry[:, -1] += _dot(C, dC_after) + _dot(n, dn_after)
     dk_written = torch.bmm(v, dC_after.mT).add_(dn_after[:, None, :])
     dwrite = (k * dk_written).sum(-1).mul_(scale)
 
@@ -356,18 +367,23 @@ def mlstm_step_torch(
 ) -> tuple[Tensor, MLSTMState]:
     """One token in few operations, C read and written once. Arguments and results as in `ops_mlstm.mlstm`."""
     B, _, H, K = q.shape
+    V = v.shape[-1]
     dtype = compute_dtype(v, state)
-    q, k, v, i_tilde, f_tilde = (x[:, 0].to(dtype) for x in (q, k, v, i_tilde, f_tilde))
-    C, n, m = MLSTMState.zeros(B, H, K, v.shape[-1], like=v) if state is None else (x.to(dtype) for x in state)
+    q, k, v, i_tilde, f_tilde = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v, i_tilde, f_tilde))
+    C, n, m = MLSTMState.zeros(B, H, K, V, like=v) if state is None else (x.to(dtype) for x in state)
     if reset is not None:
         C, n, m = (x * ~reset.view(B, *(1,) * (x.dim() - 1)) for x in (C, n, m))
     log_i, log_f = log_gates(i_tilde, f_tilde, input_gate)
+    m = m.unsqueeze(1)
     log_f = log_f + m
     m_next = m if input_gate == "sigmoid" else torch.maximum(log_f, log_i)
-    f_prime = torch.exp(log_f - m_next)
-    kw = k * (torch.exp(log_i - m_next) * K**-0.5)[..., None]
-    C = (kw[..., None] * v[..., None, :]).addcmul_(f_prime[..., None, None], C)
-    n = torch.addcmul(kw, f_prime[..., None], n)
-    numerator = torch.matmul(q[..., None, :], C)[..., 0, :]
-    normaliser = torch.maximum((q * n).sum(-1).abs(), _floor(m_next)).add_(eps)
-    return (numerator / normaliser[..., None])[:, None], MLSTMState(C, n, m_next)
+    # One row per head from here on: views, for every operation costs more than the numbers it works on.
+    f_prime = torch.exp(log_f - m_next).view(B * H, 1, 1)
+    i_prime = torch.exp(log_i - m_next).view(B * H, 1, 1)
+    kw = k.reshape(B * H, K, 1) * i_prime
+    C = (C.reshape(B * H, K, V) * f_prime).addcmul_(kw, v.reshape(B * H, 1, V), value=K**-0.5)
+    n = (n.reshape(B * H, K, 1) * f_prime).add_(kw, alpha=K**-0.5)
+    q = q.reshape(B * H, 1, K)
+    normaliser = torch.maximum(torch.bmm(q, n).abs_(), _floor(m_next).view(B * H, 1, 1)).add_(eps)
+    h = torch.bmm(q, C).div_(normaliser)
+    return h.view(B, 1, H, V), MLSTMState(C.view(B, H, K, V), n.view(B, H, K), m_next.view(B, H))

@@ -18,7 +18,7 @@ from .ops_common import (
     without_autocast,
 )
 from .ops_slstm_reference import slstm_recurrent
-from .ops_slstm_torch import slstm_recurrent_torch
+from .ops_slstm_torch import slstm_recurrent_torch, slstm_step_torch
 from .states_xlstm import SLSTMState
 
 
@@ -80,9 +80,12 @@ def slstm(
         "" if input_gate != "exp_both" and not output_tanh else "no kernel has input_gate='exp_both' or output_tanh"
     )
     chosen = choose_backend(backend, i_tilde, lambda: variant or _triton_obstacle(i_tilde, recurrent, state))
-    # For one token nothing in PyTorch is faster than the definition.
-    worker = _worker("reference" if chosen == "torch" and size["T"] == 1 else chosen)
-    options: dict[str, Any] = {"lengths": lengths, "reset": reset, "input_gate": input_gate}
+    options: dict[str, Any] = {"reset": reset, "input_gate": input_gate}
+    if chosen == "torch" and size["T"] == 1 and lengths is None:
+        worker: Callable[..., tuple[Tensor, SLSTMState]] = slstm_step_torch
+    else:
+        worker = _worker(chosen)
+        options["lengths"] = lengths
     options |= {"output_tanh": True} if output_tanh else {}
     with without_autocast(i_tilde.device):
         h, state = worker(i_tilde, f_tilde, z_tilde, o_tilde, recurrent, state, **options)

@@ -40,24 +40,32 @@ def _forward(
     gates, primes, states = torch.empty_like(x), x.new_empty(2, T, H, B, P), x.new_empty(4, T, H, B, P)
     c, n, m, h = state
     begins = [] if reset is None else reset.any(1).tolist()
-    for t in range(T):
+    # All views at once: made in the loop, they would take as long as the operations.
+    steps = zip(
+        x.unbind(),
+        gates.unbind(),
+        zip(*(part.unbind() for part in gates.split(P, -1)), strict=True),
+        zip(*(part.unbind() for part in primes), strict=True),
+        primes.unbind(1),
+        zip(*(part.unbind() for part in states), strict=True),
+        strict=True,
+    )
+    for t, (x_t, g, (i_t, f_t, z_t, o_t), (i_prime, f_prime), prime, (c_t, n_t, m_t, h_t)) in enumerate(steps):
         if begins and begins[t]:
             row = reset[t, :, None]  # type: ignore[index]
             c, n, h = (s.masked_fill(row, 0.0) for s in (c, n, h))
             m = m.masked_fill(row, -torch.inf)
-        g = torch.baddbmm(x[t], h, R, out=gates[t])
-        log_i, log_f = log_gates(g[..., :P], g[..., P : 2 * P], input_gate)
+        torch.baddbmm(x_t, h, R, out=g)
+        log_i, log_f = log_gates(i_t, f_t, input_gate)
         log_f = log_f + m
-        m = torch.maximum(log_i, log_f, out=states[2, t])
-        prime = primes[:, t]
-        torch.sub(log_i, m, out=prime[0])
-        torch.sub(log_f, m, out=prime[1])
-        i_prime, f_prime = prime.exp_()
-        z, o = g[..., 2 * P : 3 * P].tanh_(), g[..., 3 * P :].sigmoid_()
-        c = torch.mul(f_prime, c, out=states[0, t]).addcmul_(i_prime, z)
-        n = torch.addcmul(i_prime, f_prime, n, out=states[1, t])
-        h = torch.div(c, n, out=states[3, t])
-        h = (h.tanh_() if output_tanh else h).mul_(o)
+        m = torch.maximum(log_i, log_f, out=m_t)
+        torch.sub(log_i, m, out=i_prime)
+        torch.sub(log_f, m, out=f_prime)
+        prime.exp_()
+        c = torch.mul(f_prime, c, out=c_t).addcmul_(i_prime, z_t.tanh_())
+        n = torch.addcmul(i_prime, f_prime, n, out=n_t)
+        h = torch.div(c, n, out=h_t)
+        h = (h.tanh_() if output_tanh else h).mul_(o_t.sigmoid_())
     return gates, primes, states
 
 
@@ -123,33 +131,41 @@ def _backward(
     T, H, B, P = dh_out.shape
     dgates = dh_out.new_empty(T, H, B, 4 * P)
     dcn = dh_out.new_zeros(2, H, B, P)
-    dh_next, dm = dh_out.new_zeros(H, B, P), None
+    (dc, dn), (dh_next, dm) = dcn, (dh_out.new_zeros(H, B, P), None)
     R_T = R.mT.contiguous()
     begins = [] if reset is None else reset.any(1).tolist()
-    for t in range(T - 1, -1, -1):
-        dh = dh_next + dh_out[t]
-        ends = d_ends[t]
+    by_gate = dgates.unflatten(-1, (4, P)).movedim(-2, 1)  # [T, 4, H, B, P]
+    steps = zip(
+        range(T),
+        d_ends,
+        *(x.unbind() for x in (dh_out, from_ratio, ratio, from_h, primes[1], dgates)),
+        from_c.unbind(1),
+        from_n.unbind(1),
+        *(x.unbind() for x in (by_gate[:, :3], by_gate[:, :2], by_gate[:, 3])),
+        strict=True,
+    )
+    for t, ends, dh_t, from_ratio_t, ratio_t, from_h_t, f_prime, dg, from_c_t, from_n_t, *parts in reversed([*steps]):
+        d3, d2, do = parts
+        dh = dh_next + dh_t
         if ends is not None:
             dcn += torch.stack(ends[:2])
             dh = dh + ends[3]
             dm = ends[2] if dm is None else dm + ends[2]
-        dq = dh * from_ratio[t]
-        dcn[0] += dq
-        dcn[1].addcmul_(dq, ratio[t], value=-1)
-        dg = dgates[t]
-        d3 = dg[..., : 3 * P].unflatten(-1, (3, P)).movedim(-2, 0)
-        torch.mul(from_c[:, t], dcn[0], out=d3)
-        d3[:2].addcmul_(from_n[:, t], dcn[1])
-        torch.mul(from_h[t], dh, out=dg[..., 3 * P :])
+        dq = dh * from_ratio_t
+        dc += dq
+        dn.addcmul_(dq, ratio_t, value=-1)
+        torch.mul(from_c_t, dc, out=d3)
+        d2.addcmul_(from_n_t, dn)
+        torch.mul(from_h_t, dh, out=do)
         if dm is not None:
             set_by_i = primes[0, t] == 1
-            d3[:2].addcmul_(closing[:, t], torch.stack([dm * set_by_i, dm * ~set_by_i]))
+            d2.addcmul_(closing[:, t], torch.stack([dm * set_by_i, dm * ~set_by_i]))
             dm = dm * ~set_by_i
-        dcn *= primes[1, t]
-        dh_next = dg @ R_T
+        dcn *= f_prime
+        dh_next = torch.bmm(dg, R_T)
         if begins and begins[t]:
             dh_next = dh_next.masked_fill(reset[t, :, None], 0.0)  # type: ignore[index]
-    return dgates, (dcn[0], dcn[1], torch.zeros_like(dh_next) if dm is None else dm, dh_next)
+    return dgates, (dc, dn, torch.zeros_like(dh_next) if dm is None else dm, dh_next)
 
 
 class _SLSTM(torch.autograd.Function):
@@ -225,3 +241,36 @@ def slstm_recurrent_torch(
     by_time = None if reset is None else reset.T.contiguous()
     h, *after = _SLSTM.apply(x, R, *first, last, by_time, input_gate, output_tanh)
     return h.permute(2, 0, 1, 3), SLSTMState(*(s.transpose(0, 1) for s in after))
+
+
+def slstm_step_torch(
+    i_tilde: Tensor,
+    f_tilde: Tensor,
+    z_tilde: Tensor,
+    o_tilde: Tensor,
+    recurrent: Tensor,
+    state: SLSTMState | None,
+    *,
+    reset: Tensor | None = None,
+    input_gate: str,
+    output_tanh: bool = False,
+) -> tuple[Tensor, SLSTMState]:
+    """One token in few operations. Arguments and results as in `ops_slstm.slstm`."""
+    B, _, H, P = i_tilde.shape
+    dtype = compute_dtype(i_tilde, state)
+    state = SLSTMState.zeros(B, H, P, like=i_tilde.to(dtype)) if state is None else state
+    c, n, m, h = (s.to(dtype) for s in state)
+    if reset is not None:
+        c, n, m, h = (s * ~reset[..., None] for s in (c, n, m, h))
+    by_gate = (h.transpose(0, 1) @ recurrent.to(dtype).mT).transpose(1, 2)  # [4, B, H, P]
+    given = zip((i_tilde, f_tilde, z_tilde, o_tilde), by_gate.unbind(), strict=True)
+    i_tilde, f_tilde, z_tilde, o_tilde = (gate[:, 0] + part for gate, part in given)
+    log_i, log_f = log_gates(i_tilde, f_tilde, input_gate)
+    # A cell that has seen no token forgets nothing, whatever its gate says.
+    log_f = (log_f + m).masked_fill(n == 0, -torch.inf)
+    m = torch.maximum(log_i, log_f)
+    i_prime, f_prime = torch.exp(log_i - m), torch.exp(log_f - m)
+    c = (f_prime * c).addcmul(i_prime, torch.tanh(z_tilde))
+    n = torch.addcmul(i_prime, f_prime, n)
+    h = torch.sigmoid(o_tilde) * (torch.tanh(c / n) if output_tanh else c / n)
+    return h[:, None], SLSTMState(c, n, m, h)

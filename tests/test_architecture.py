@@ -48,13 +48,24 @@ TRAVELLING = {
     "cache_xlstm": Module(5, {CONFIG, STATES, "statefile_xlstm"}, {"torch", "transformers"}),
     "tokens_xlstm": Module(4, set(), {"torch"}),
     "debug_xlstm": Module(5, {STATES}, {"torch"}),
+    "step_xlstm": Module(6, {STATES, "ops_mlstm_torch", "ops_slstm_torch", "layers_xlstm", "blocks_xlstm"}, {"torch"}),
     "pretrained_xlstm": Module(5, {CONFIG, "layers_xlstm"}, {"torch", "transformers"}),
     "modeling_xlstm": Module(
-        6,
-        {CONFIG, STATES, TOKENS, "layers_xlstm", "blocks_xlstm", "cache_xlstm", "debug_xlstm", "pretrained_xlstm"},
+        7,
+        {
+            CONFIG,
+            STATES,
+            TOKENS,
+            "layers_xlstm",
+            "blocks_xlstm",
+            "step_xlstm",
+            "cache_xlstm",
+            "debug_xlstm",
+            "pretrained_xlstm",
+        },
         {"torch", "transformers"},
     ),
-    "forecasting_xlstm": Module(7, {CONFIG, "modeling_xlstm", "pretrained_xlstm"}, {"torch", "transformers"}),
+    "forecasting_xlstm": Module(8, {CONFIG, "modeling_xlstm", "pretrained_xlstm"}, {"torch", "transformers"}),
 }
 MODULES = {
     **TRAVELLING,

@@ -1,0 +1,132 @@
+"""The short way of a single token through the blocks: the numbers of the long one, and taken only where it is due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from inputs import STYLES, tiny_model, tokens
+from tolerances import BFLOAT16, assert_same
+from torch import Tensor, nn
+
+from modeling_xlstm import XLSTMForCausalLM
+from modeling_xlstm import modeling_xlstm as module
+
+FIELDS: list[dict[str, Any]] = [
+    {},
+    {"use_bias": True, "ffn_bias": True, "norm_bias": True, "gate_soft_cap": None, "output_logit_soft_cap": None},
+    {"input_gate": "sigmoid", "slstm_conv_kernel_size": 0, "slstm_norm_weight": False, "slstm_num_heads": 2},
+]
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What took the short way."""
+    taken: list[Tensor] = []
+
+    def step(blocks: Any, x: Tensor, states: Any) -> Any:
+        taken.append(x)
+        return short(blocks, x, states)
+
+    short = module.step
+    monkeypatch.setattr(module, "step", step)
+    return taken
+
+
+def decode(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, list[Any]]:
+    """Logits of the tokens after the fourth, one by one, and the states at the end; differentiable, the long way."""
+    cache = model(ids[:, :4], use_cache=True).past_key_values
+    logits = [model(ids[:, t : t + 1], past_key_values=cache, **options).logits for t in range(4, ids.shape[1])]
+    return torch.cat(logits, 1), cache.states
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fields", FIELDS, ids=["default", "biases", "variants"])
+def test_the_short_way_of_a_token_gives_the_logits_and_states_of_the_long_one(
+    style: str, dtype: torch.dtype, fields: dict[str, Any], steps: list[Tensor]
+) -> None:
+    fields = {name: value for name, value in fields.items() if (style, name) != ("neurips", "norm_bias")}
+    model, ids = tiny_model(XLSTMForCausalLM, style, "mixed", **fields).to(dtype), tokens(3, 7)
+    expected = decode(model, ids)
+    assert not steps
+    with torch.no_grad():
+        actual = decode(model, ids)
+    assert len(steps) == 3
+    assert_same(actual[0], expected[0])
+    # bfloat16 layers feed both ways' states, which themselves are float32.
+    assert_same(actual[1], expected[1], tolerance=BFLOAT16 if dtype == torch.bfloat16 else None)
+
+
+def test_generate_takes_the_short_way(steps: list[Tensor]) -> None:
+    tiny_model(XLSTMForCausalLM).generate(tokens(2, 5), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert len(steps) == 3
+
+
+def adapter(model: Any) -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Module):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.base(x)
+
+    model.model.layers[0].mixer.q_proj = Adapter(model.model.layers[0].mixer.q_proj)
+
+
+def wider_dtype(model: Any) -> None:
+    model.model.layers[0].ffn_norm.to(torch.float32)
+
+
+def replaced_forward(model: Any) -> None:
+    ffn = model.model.layers[1].ffn
+    forward = ffn.forward
+    ffn.forward = lambda x: forward(x) + 1.0
+
+
+MEDDLINGS: dict[str, Callable[[Any], Any]] = {
+    "hook": lambda model: model.model.layers[0].ffn.up_proj.register_forward_hook(lambda *call: call[2] + 1.0),
+    "pre-hook": lambda model: model.model.layers[1].register_forward_pre_hook(lambda _, call: (call[0] + 1.0, call[1])),
+    "adapter": adapter,
+    "replaced forward": replaced_forward,
+    "training": lambda model: model.model.layers[0].train(),
+    "reference": lambda model: setattr(model.config, "kernel_backend", "reference"),
+    "debug": lambda model: setattr(model.config, "debug", True),
+}
+
+
+@pytest.mark.parametrize("meddling", MEDDLINGS)
+def test_what_only_a_call_of_the_modules_honours_takes_the_long_way(meddling: str, steps: list[Tensor]) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, "large", "mlstm"), tokens(2, 6)
+    MEDDLINGS[meddling](model)
+    expected = decode(model, ids)
+    with torch.no_grad():
+        assert_same(decode(model, ids), expected)
+    assert not steps
+
+
+def test_a_meddling_between_two_tokens_is_seen(steps: list[Tensor]) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(1, 6)
+    with torch.no_grad():
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        model(ids[:, 4:5], past_key_values=cache)
+        seen: list[Any] = []
+        model.model.layers[0].mixer_norm.register_forward_hook(lambda *call: seen.append(call))
+        model(ids[:, 5:], past_key_values=cache)
+    assert (len(steps), len(seen)) == (1, 1)
+
+
+def test_padding_and_recording_take_the_long_way(steps: list[Tensor]) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(2, 5)
+    with torch.no_grad():
+        decode(model, ids, attention_mask=torch.tensor([[1], [0]]))
+        decode(model, ids, output_hidden_states=True)
+        cache = model(ids, use_cache=True).past_key_values
+        cache.activate_past_recording()
+        model(ids[:, :1], past_key_values=cache)
+        with torch.autocast("cpu", torch.bfloat16):
+            decode(model.float(), ids)
+    assert not steps
