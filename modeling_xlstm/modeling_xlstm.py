@@ -214,6 +214,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
 
     _loss_function = staticmethod(causal_lm_loss)
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: XLSTMConfig):
         super().__init__(config)

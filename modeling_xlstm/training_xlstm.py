@@ -172,6 +172,13 @@ class XLSTMTrainer(Trainer):
         """Called by `create_optimizer`."""
         return decayed_parameters(model)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer, which writes no model at all where FSDP writes its checkpoints in shards."""
+        if not self.is_fsdp_enabled or _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+
     def _set_signature_columns_if_needed(self) -> None:
         # Trainer drops the columns that forward does not name, and this one is not named but passed on.
         if self._signature_columns is None:

@@ -69,7 +69,8 @@ TRAVELLING = {
 }
 MODULES = {
     **TRAVELLING,
-    "conversion_xlstm": Module(HOME, {CONFIG}, {"torch"}),
+    "links_xlstm": Module(HOME, {CONFIG}, {"torch"}),
+    "conversion_xlstm": Module(HOME + 1, {CONFIG, "links_xlstm"}, {"torch"}),
     "serving_xlstm": Module(HOME, {"cache_xlstm", "modeling_xlstm"}, {"torch", "transformers"}),
     "training_xlstm": Module(HOME, {"cache_xlstm", CONFIG, TOKENS}, {"torch", "transformers"}),
     "tuning_xlstm": Module(HOME, {"cache_xlstm", STATES}, {"torch"}),

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +11,10 @@ import sharded
 import torch
 import torch.distributed.checkpoint as dcp
 from carried import LENGTHS, documents, joined_states, result, trainer
-from checkout import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import STYLES, tiny_config, tiny_model, tokens
+from processes import launch_two
 from tolerances import FLOAT32, TRAINED, assert_identical, assert_same
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
@@ -105,15 +102,6 @@ def test_four_micro_batches_of_one_lane_train_as_one_batch_of_four(tmp_path: Pat
         run.train()
         results.append(result(run))
     assert_same(*results, TRAINED)
-
-
-def launch_two(script: str, folder: Path) -> None:
-    """Run a script of the tests in two processes that talk over gloo."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    places = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    command = [*launch, str(ROOT / "tests" / script), str(folder)]
-    done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
