@@ -24,7 +24,7 @@ from .layers_xlstm import block_norm, soft_cap
 from .pretrained_xlstm import XLSTMPreTrainedModel
 from .states_xlstm import Call, LayerState
 from .step_xlstm import can_step, step
-from .tokens_xlstm import TokenLayout, lay_out_tokens
+from .tokens_xlstm import TokenLayout, lay_out_tokens, next_real_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -273,7 +273,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             if shift_labels is None:
-                shift_labels = self._next_real_tokens(labels, attention_mask, packing)
+                shift_labels = next_real_tokens(labels, attention_mask, **packing)
             loss_kwargs |= {"shift_labels": shift_labels, "vocab_size": self.config.vocab_size}
             loss = self.loss_function(logits=logits, labels=labels, **loss_kwargs)
         return CausalLMOutputWithPast(
@@ -282,25 +282,6 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-
-    def _next_real_tokens(
-        self, labels: Tensor, attention_mask: Tensor | None, packing: dict[str, Tensor | None]
-    ) -> Tensor | None:
-        """What each position predicts, [B, T]: the next real token of the same document, else -100.
-
-        None without padding and packing, where it is the next column.
-        """
-        B, T = labels.shape
-        mask = None if attention_mask is None else attention_mask[:, -T:]
-        layout = lay_out_tokens((B, T), labels.device, 0, mask, **packing)
-        if layout.lengths is None and layout.reset is None:
-            return None
-        targets = layout.pack(labels)
-        if layout.lengths is not None:
-            targets = targets.masked_fill(torch.arange(T, device=labels.device) >= layout.lengths[:, None], -100)
-        if layout.reset is not None:
-            targets = targets.masked_fill(layout.reset, -100)
-        return layout.unpack(nn.functional.pad(targets[:, 1:], (0, 1), value=-100))
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

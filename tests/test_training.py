@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from modeling_xlstm import XLSTMForCausalLM
-from modeling_xlstm.training_xlstm import Segments, XLSTMTrainer, decayed_parameters
+from modeling_xlstm.training_xlstm import Segments, XLSTMTrainer, decayed_parameters, next_labels
 
 
 @given(
@@ -243,6 +243,23 @@ def test_the_z_loss_is_the_mean_squared_log_normaliser_under_accumulation_too(
     with_z.train()
     # The weight is taken in float32, as the logits are.
     assert_same(with_z.losses[0] - plain.losses[0], 0.5 * squares.mean(), FLOAT32)
+
+
+def test_the_z_loss_counts_the_tokens_that_the_loss_counts_in_packed_and_padded_rows(tmp_path: Path) -> None:
+    ids, document = tokens(2, 12), torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [1] * 3])
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, 9:], mask[1, :2] = 0, 0
+    inputs = {"input_ids": ids, "labels": ids, "seq_idx": document, "attention_mask": mask}
+    predicted = next_labels(inputs) != -100
+    # Of 9 and 10 real tokens two documents' last ones predict nothing.
+    assert predicted.sum(1).tolist() == [7, 8]
+    plain, with_z = (trainer(tmp_path, Segments(documents(LENGTHS), 4, 9, None), z_loss=z) for z in (0.0, 0.5))
+    model = with_z.model.train()
+    logits = model(**inputs).logits
+    loss, full = (run.compute_loss(model, dict(inputs)) for run in (plain, with_z))
+    targets = next_labels(inputs)[predicted]
+    assert_same(loss, torch.nn.functional.cross_entropy(logits[predicted], targets))
+    assert_same(full - loss, 0.5 * logits.logsumexp(-1)[predicted].square().mean(), FLOAT32)
 
 
 def test_columns_that_describe_packing_reach_the_model(tmp_path: Path) -> None:

@@ -58,6 +58,15 @@ KERNEL_OVER_TWIN = 2.0
 # Sample mean and standard deviation of an initialised parameter, in standard errors of a normal sample.
 STANDARD_ERRORS = 5.0
 
+# Memory that was estimated, relative to what was given out: what the estimate promises.
+FORETOLD = 0.15
+
+
+def assert_foretold(estimate: float, measured: float) -> None:
+    """Assert that an estimate is as near to what was measured as it promises."""
+    error = abs(estimate - measured) / measured
+    assert error <= FORETOLD, f"estimated {estimate:,.0f}, measured {measured:,.0f}: off by {100 * error:.1f} %"
+
 
 def assert_same(actual: Any, expected: Any, tolerance: float | None = None) -> None:
     """Assert that two values agree: tensors, numbers, None, or tuples, NamedTuples, lists and mappings of them.
