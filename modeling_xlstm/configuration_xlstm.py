@@ -324,6 +324,25 @@ class XLSTMConfig(PreTrainedConfig):
         return ["linear_attention"] * self.num_hidden_layers
 
     @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """Which weights tensor parallelism cuts, in Transformers' words: mLSTM heads where they are independent.
+
+        Every process runs the whole cells of sLSTM mixers, and of the neurips style, whose gates look at all heads.
+        """
+        plan = {}
+        if "mlstm" in (self.block_types or []) and self.block_style == "neurips":
+            plan = {"mixer.up_proj": "colwise_gather_output", "mixer.down_proj": "rowwise_split_input"}
+        elif "mlstm" in (self.block_types or []):
+            cut = ("q_proj", "k_proj", "v_proj", "igate", "fgate", "ogate", "cell.norm.weight")
+            plan = dict.fromkeys((f"mixer.{name}" for name in cut), "colwise")
+            plan |= {"mixer.cell.norm": "local_params", "mixer.out_proj": "rowwise"}
+            plan |= {"mixer.cell.norm.bias": "colwise"} if self.norm_bias else {}
+        if self.ffn_size and (self.block_style != "neurips" or "slstm" in (self.block_types or [])):
+            gate = {} if self.block_style == "residual" else {"ffn.gate_proj": "colwise"}
+            plan |= {**gate, "ffn.up_proj": "colwise", "ffn.down_proj": "rowwise"}
+        return {f"layers.*.{name}": style for name, style in plan.items()}
+
+    @property
     def inner_size(self) -> int:
         """Width of the cell branch of a neurips mLSTM block."""
         return _round_width(self.proj_factor * self.hidden_size, self.proj_round_up_to_multiple_of, self.proj_rounding)

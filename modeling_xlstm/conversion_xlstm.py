@@ -1,22 +1,21 @@
-"""Official checkpoints to ours and back: tables of configuration fields and tensor names, and the two doors.
+"""Official checkpoints to ours and back: tables of configuration fields, and the doors.
 
 Families: "neurips" (`xlstm` package, xLSTMLMModel), "large" (`xlstm` package, xLSTMLarge) and "transformers" (its
 built-in xLSTMForCausalLM, the format of NX-AI/xLSTM-7b). Every source key is used and every target key filled, or the
-conversion raises. Tensors are only cut, joined and reordered: the way back gives the same bits, and gradients pass.
+conversion raises. `convert_from` and `convert_to` take whole models; `plan_from` and `plan_to` give the links of one
+from the shapes of its tensors alone, to be followed tensor by tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .configuration_xlstm import XLSTMConfig
+from .links_xlstm import Link, Shape, Weights, check_shapes, is_cuda, model_links
 
-Shape = tuple[int, ...]
-Weights = Mapping[str, Tensor]
 Reader = Callable[[Mapping[str, Any]], XLSTMConfig]
 Writer = Callable[[XLSTMConfig, str], dict[str, Any]]
 
@@ -137,22 +136,6 @@ NEURIPS_NEEDS = {
 LARGE_NEEDS = {
     "block_style": "large", "hidden_act": "silu", "ffn_rounding": "large", "input_gate": "exp", "dropout": 0.0,
     "ffn_dropout": 0.0, "embedding_dropout": 0.0, "tie_word_embeddings": False,
-}
-# Embedding, blocks and last norm.
-MODULES = {
-    "neurips": ("token_embedding", "xlstm_block_stack.blocks", "xlstm_block_stack.post_blocks_norm"),
-    "large": ("embedding", "backbone.blocks", "backbone.out_norm"),
-    "transformers": ("backbone.embeddings", "backbone.blocks", "backbone.out_norm"),
-}
-HEAD, LAST_BIAS = "lm_head.weight", "backbone.out_norm.bias"
-# What "fused" stores in one tensor and "single" in several: fused name -> single name -> our name.
-LARGE_FUSED = {
-    "mlstm_layer.qkv_opreact": {
-        "mlstm_layer.q": "mixer.q_proj", "mlstm_layer.k": "mixer.k_proj", "mlstm_layer.v": "mixer.v_proj",
-        "mlstm_layer.ogate_preact": "mixer.ogate",
-    },
-    "mlstm_layer.ifgate_preact": {"mlstm_layer.igate_preact": "mixer.igate", "mlstm_layer.fgate_preact": "mixer.fgate"},
-    "ffn.proj_up_gate_z": {"ffn.proj_up_gate": "ffn.gate_proj", "ffn.proj_up": "ffn.up_proj"},
 }
 # fmt: on
 
@@ -277,155 +260,6 @@ FAMILIES: Mapping[str, tuple[Reader, Writer]] = {
 }
 
 
-class Link(NamedTuple):
-    """One official tensor and the tensors of ours that it holds.
-
-    Attributes:
-        theirs: official name.
-        ours: our names and shapes, in the order of the rows of the official tensor.
-        shape: official shape, where it is not that of our tensors one below the other.
-        view: the official tensor in this shape ...
-        order: ... has our one tensor's dims in this order.
-    """
-
-    theirs: str
-    ours: Mapping[str, Shape]
-    shape: Shape | None = None
-    view: Shape = ()
-    order: Shape = ()
-
-    @property
-    def official_shape(self) -> Shape:
-        first, *_ = self.ours.values()
-        return self.shape or (sum(shape[0] for shape in self.ours.values()), *first[1:])
-
-    def split(self, x: Tensor) -> dict[str, Tensor]:
-        """Our tensors from the official one."""
-        if self.order:
-            x = x.reshape(self.view).permute(self.order).contiguous()
-        if len(self.ours) == 1:
-            return dict.fromkeys(self.ours, x)
-        parts = torch.split(x, [shape[0] for shape in self.ours.values()])
-        # Copies, so that no two results share memory.
-        return {name: part.clone() for name, part in zip(self.ours, parts, strict=True)}
-
-    def join(self, weights: Weights) -> Tensor:
-        """The official tensor from ours."""
-        parts = [weights[name] for name in self.ours]
-        if self.order:
-            back = sorted(range(len(self.order)), key=self.order.__getitem__)
-            return parts[0].permute(back).reshape(self.official_shape)
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _links(theirs: str, ours: Mapping[str, Shape], bias: bool = False) -> Iterator[Link]:
-    """The weight of one or several modules, and the bias if they have one."""
-    yield Link(f"{theirs}.weight", {f"{name}.weight": shape for name, shape in ours.items()})
-    if bias:
-        yield Link(f"{theirs}.bias", {f"{name}.bias": shape[:1] for name, shape in ours.items()})
-
-
-def _neurips_mlstm(config: XLSTMConfig, weight_mode: str) -> Iterator[Link]:
-    D, E, H, bias = config.hidden_size, config.inner_size, config.num_heads, config.use_bias
-    blocksize = config.qkv_proj_blocksize
-    yield from _links("xlstm_norm", {"mixer_norm": (D,)})
-    yield from _links("xlstm.proj_up", {"mixer.up_proj": (2 * E, D)}, bias)
-    yield from _links("xlstm.conv1d.conv", {"mixer.conv": (E, 1, config.conv_kernel_size)}, bias=True)
-    for name in ("q_proj", "k_proj", "v_proj"):
-        yield from _links(f"xlstm.{name}", {f"mixer.{name}": (E // blocksize, blocksize, blocksize)})
-        if bias:
-            yield Link(f"xlstm.{name}.bias", {f"mixer.{name}.bias": (E,)})
-    for name in ("igate", "fgate"):
-        yield from _links(f"xlstm.mlstm_cell.{name}", {f"mixer.{name}": (H, 3 * E)}, bias=True)
-    yield from _links("xlstm.mlstm_cell.outnorm", {"mixer.cell.norm": (E,)})
-    yield Link("xlstm.learnable_skip", {"mixer.skip": (E,)})
-    yield from _links("xlstm.proj_down", {"mixer.down_proj": (D, E)}, bias)
-
-
-def _neurips_slstm(config: XLSTMConfig, weight_mode: str) -> Iterator[Link]:
-    D, H, U = config.hidden_size, config.slstm_num_heads or config.num_heads, config.ffn_size
-    P = D // H
-    yield from _links("xlstm_norm", {"mixer_norm": (D,)})
-    if config.slstm_conv_kernel_size:
-        yield from _links("xlstm.conv1d.conv", {"mixer.conv": (D, 1, config.slstm_conv_kernel_size)}, bias=True)
-    # The official module named `fgate` feeds the input gate and `igate` the forget gate (NX-AI/xlstm issue 98); the
-    # gates of recurrent weights and biases are in the order of the equations.
-    for theirs, ours in (("fgate", "igate"), ("igate", "fgate"), ("zgate", "zgate"), ("ogate", "ogate")):
-        yield from _links(f"xlstm.{theirs}", {f"mixer.{ours}": (H, P, P)})
-    kernel = (H, 4 * P, P), (H, 4, P, P), (1, 0, 2, 3)
-    bias = (4 * D,), (4, H, P), (0, 1, 2)
-    if weight_mode == "cuda":
-        kernel, bias = ((H, P, 4 * P), (H, P, 4, P), (2, 0, 3, 1)), ((4 * D,), (H, 4, P), (1, 0, 2))
-    yield Link("xlstm.slstm_cell._recurrent_kernel_", {"mixer.recurrent": (4, H, P, P)}, *kernel)
-    yield Link("xlstm.slstm_cell._bias_", {"mixer.bias": (4, H, P)}, *bias)
-    if config.slstm_norm_weight:
-        yield from _links("xlstm.group_norm", {"mixer.norm": (D,)})
-    if U:
-        yield from _links("ffn_norm", {"ffn_norm": (D,)})
-        yield from _links("ffn.proj_up", {"ffn.gate_proj": (U, D), "ffn.up_proj": (U, D)}, config.ffn_bias)
-        yield from _links("ffn.proj_down", {"ffn.down_proj": (D, U)}, config.ffn_bias)
-
-
-def _large_block(config: XLSTMConfig, weight_mode: str) -> Iterator[Link]:
-    D, H, U, bias = config.hidden_size, config.num_heads, config.ffn_size, config.use_bias
-    QK, V = config.qk_size, config.v_size
-    rows = {"mixer.q_proj": QK, "mixer.k_proj": QK, "mixer.v_proj": V, "mixer.ogate": V, "mixer.igate": H}
-    rows |= {"mixer.fgate": H, "ffn.gate_proj": U, "ffn.up_proj": U}
-    for fused, singles in LARGE_FUSED.items():
-        stored = {fused: list(singles.values())} if weight_mode == "fused" else {x: [singles[x]] for x in singles}
-        for theirs, ours in stored.items():
-            is_gate = fused == "mlstm_layer.ifgate_preact"
-            yield from _links(theirs, {name: (rows[name], D) for name in ours}, bias or is_gate)
-    yield from _links("mlstm_layer.out_proj", {"mixer.out_proj": (D, V)}, bias)
-    yield from _links("ffn.proj_down", {"ffn.down_proj": (D, U)}, bias)
-    yield from _links("norm_mlstm", {"mixer_norm": (D,)}, bias)
-    yield from _links("norm_ffn", {"ffn_norm": (D,)}, bias)
-    yield from _links("mlstm_layer.multihead_norm", {"mixer.cell.norm": (V,)}, bias)
-
-
-def _model(family: str, config: XLSTMConfig, weights: Weights, weight_mode: str) -> list[Link]:
-    """The links of a whole model, the embedding first; a tied head may be in the weights or not."""
-    V, D, (embedding, blocks, last_norm) = config.vocab_size, config.hidden_size, MODULES[family]
-    links = list(_links(embedding, {"model.embed_tokens": (V, D)}))
-    for i, kind in enumerate(config.block_types or []):
-        mlstm = _neurips_mlstm if family == "neurips" else _large_block
-        for link in (_neurips_slstm if kind == "slstm" else mlstm)(config, weight_mode):
-            ours = {f"model.layers.{i}.{name}": shape for name, shape in link.ours.items()}
-            links.append(link._replace(theirs=f"{blocks}.{i}.{link.theirs}", ours=ours))
-    if config.add_out_norm:
-        links += _links(last_norm, {"model.norm": (D,)}, config.norm_bias)
-    if not config.tie_word_embeddings or HEAD in weights:
-        links += _links("lm_head", {"lm_head": (V, D)})
-    return links
-
-
-def _check(weights: Weights, wanted: Mapping[str, Shape], tied: bool) -> None:
-    """Raise unless the weights have exactly the names and shapes wanted, the embedding's first."""
-    faults = {
-        "unused": [name for name in weights if name not in wanted],
-        "missing": [name for name in wanted if name not in weights],
-        "of another shape": [
-            f"{name} {list(weights[name].shape)}, wanted {list(shape)}"
-            for name, shape in wanted.items()
-            if name in weights and weights[name].shape != shape
-        ],
-    }
-    found = [f"{len(names)} {fault} ({'; '.join(names[:20])})" for fault, names in faults.items() if names]
-    if found:
-        raise ValueError(
-            f"`weights` must be what the configuration says; got {', '.join(found)}. Check which is right."
-        )
-    if tied and HEAD in wanted and not torch.equal(weights[HEAD], weights[next(iter(wanted))]):
-        raise ValueError(
-            f"`{HEAD}` must equal the embedding it is tied to; got other values. Untie it, or leave it out."
-        )
-
-
-def _is_cuda(name: str, x: Tensor) -> bool:
-    """Whether a tensor is a recurrent kernel as the CUDA backend stores it, [H, P, 4 P] instead of [H, 4 P, P]."""
-    return name.endswith("._recurrent_kernel_") and x.dim() == 3 and x.shape[2] == 4 * x.shape[1]
-
-
 def _choose(family: str, weight_mode: str) -> tuple[Reader, Writer]:
     if family not in FAMILIES:
         raise ValueError(f"`family` must be one of {list(FAMILIES)}; got {family!r}.")
@@ -433,6 +267,29 @@ def _choose(family: str, weight_mode: str) -> tuple[Reader, Writer]:
     if weight_mode not in modes:
         raise ValueError(f"`weight_mode` must be one of {modes} for {family!r}; got {weight_mode!r}.")
     return FAMILIES[family]
+
+
+def plan_from(family: str, config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> tuple[XLSTMConfig, list[Link]]:
+    """Our configuration, and the links whose `split` gives our tensors; as `convert_from`, of shapes."""
+    weight_mode = config.get("weight_mode", "single")
+    read, _ = _choose(family, weight_mode)
+    ours = read(config)
+    if family == "neurips" and any(is_cuda(name, shape) for name, shape in shapes.items()):
+        weight_mode = "cuda"
+    links = model_links(family, ours, shapes, weight_mode)
+    check_shapes(shapes, {link.theirs: link.official_shape for link in links if not link.zero})
+    return ours, links
+
+
+def plan_to(
+    family: str, config: XLSTMConfig, shapes: Mapping[str, Shape], *, weight_mode: str = "single"
+) -> tuple[dict[str, Any], list[Link]]:
+    """The official configuration, and the links whose `join` gives its tensors; as `convert_to`, of shapes."""
+    _, write = _choose(family, weight_mode)
+    official = write(config, weight_mode)
+    links = model_links(family, config, shapes, weight_mode)
+    check_shapes(shapes, {name: shape for link in links for name, shape in link.ours.items()})
+    return official, links
 
 
 def convert_from(family: str, config: Mapping[str, Any], weights: Weights) -> tuple[XLSTMConfig, dict[str, Tensor]]:
@@ -452,17 +309,8 @@ def convert_from(family: str, config: Mapping[str, Any], weights: Weights) -> tu
             or of another shape.
         StrictDataclassError: a value is none that `XLSTMConfig` takes.
     """
-    weight_mode = config.get("weight_mode", "single")
-    read, _ = _choose(family, weight_mode)
-    ours = read(config)
-    if family == "neurips" and any(_is_cuda(name, x) for name, x in weights.items()):
-        weight_mode = "cuda"
-    links = _model(family, ours, weights, weight_mode)
-    if family == "transformers" and ours.use_bias and weights:
-        # Its last norm never has a bias.
-        weights = {**weights, LAST_BIAS: next(iter(weights.values())).new_zeros(ours.hidden_size)}
-    _check(weights, {link.theirs: link.official_shape for link in links}, ours.tie_word_embeddings)
-    return ours, {name: x for link in links for name, x in link.split(weights[link.theirs]).items()}
+    ours, links = plan_from(family, config, {name: tuple(x.shape) for name, x in weights.items()})
+    return ours, {name: x for link in links for name, x in link.split(weights).items()}
 
 
 def convert_to(
@@ -486,11 +334,6 @@ def convert_to(
         ValueError: the family or weight mode is unknown, the family cannot express the model, or tensors are unused,
             missing or of another shape.
     """
-    _, write = _choose(family, weight_mode)
-    official = write(config, weight_mode)
-    links = _model(family, config, weights, weight_mode)
-    _check(weights, {name: shape for link in links for name, shape in link.ours.items()}, config.tie_word_embeddings)
-    converted = {link.theirs: link.join(weights) for link in links}
-    if family == "transformers" and config.use_bias and converted.pop(LAST_BIAS).any():
-        raise ValueError("`model.norm.bias` must be zero to convert to 'transformers', whose last norm has no bias.")
-    return official, converted
+    shapes = {name: tuple(x.shape) for name, x in weights.items()}
+    official, links = plan_to(family, config, shapes, weight_mode=weight_mode)
+    return official, {name: x for link in links for name, x in link.join(weights).items()}

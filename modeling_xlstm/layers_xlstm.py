@@ -291,7 +291,8 @@ class MLSTMHeads(nn.Module):
         conv_inputs: Tensor | None,
         call: Call,
     ) -> tuple[Tensor, LayerState]:
-        heads = (x.unflatten(-1, (self.num_heads, -1)) for x in qkv)
+        # Counted, not `num_heads`: under tensor parallelism a process has some of the heads.
+        heads = (x.unflatten(-1, (gates[0].shape[-1], -1)) for x in qkv)
         joint = torch.cat(gates, -1)
         capped = soft_cap(joint.float() if joint.element_size() < 4 else joint, self.gate_soft_cap).chunk(2, -1)
         h, state = call.run(run_mlstm, (*heads, *capped, conv_inputs, call.reset), self.options)

@@ -24,7 +24,7 @@ from .layers_xlstm import block_norm, soft_cap
 from .pretrained_xlstm import XLSTMPreTrainedModel
 from .states_xlstm import Call, LayerState
 from .step_xlstm import can_step, step
-from .tokens_xlstm import TokenLayout, lay_out_tokens
+from .tokens_xlstm import TokenLayout, lay_out_tokens, next_real_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -169,7 +169,8 @@ class XLSTMModel(XLSTMPreTrainedModel):
         if not hasattr(cache, "store_") or len(cache) != self.config.num_hidden_layers:
             raise ValueError(
                 f"`past_key_values` must be an XLSTMCache of {self.config.num_hidden_layers} layers; got "
-                f"{type(cache).__name__} of {len(cache)}. Make one with XLSTMCache(model.config), or pass none."
+                f"{type(cache).__name__} of {len(cache)}. Make one with XLSTMCache(model.config), or pass none. Prefix "
+                "tuning makes keys and values, which an xLSTM has not: tune a prompt or the states instead."
             )
         cache.check_model_(self.config)
         if cache.batch_size not in (-1, B):
@@ -214,6 +215,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
 
     _loss_function = staticmethod(causal_lm_loss)
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: XLSTMConfig):
         super().__init__(config)
@@ -238,20 +241,22 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and the loss if labels are given.
 
         Arguments are those of `XLSTMModel.forward`, and: `labels`, token ids to predict, [B, T], shifted here: each
         token predicts the next real one of its document, -100 and padding left out; `logits_to_keep`, logits of the
-        last so many tokens only, or of the given positions, 0 for all; `num_items_in_batch`, what the loss is divided
-        by under gradient accumulation.
+        last so many tokens only, or of the given positions, 0 for all; `shift_labels`, what each token predicts,
+        [B, T], in place of shifted `labels`; `num_items_in_batch`, what the loss is divided by under gradient
+        accumulation.
 
         Returns:
             output: with `loss`, `logits` [B, T or fewer, vocab_size], `past_key_values` and `hidden_states`.
         """
-        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
-        # Named in the signature, or Trainer would drop these columns of a data set and let documents leak.
+        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
+        # Named in the signature, as `shift_labels` is, or Trainer would drop these columns and let documents leak.
         packing = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "position_ids": position_ids}
         outputs = self.model(
             input_ids=input_ids,
@@ -267,34 +272,16 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         logits = soft_cap(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.output_logit_soft_cap)
         loss = None
         if labels is not None:
-            if "shift_labels" not in loss_kwargs:
-                loss_kwargs["shift_labels"] = self._next_real_tokens(labels, attention_mask, packing)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+            if shift_labels is None:
+                shift_labels = next_real_tokens(labels, attention_mask, **packing)
+            loss_kwargs |= {"shift_labels": shift_labels, "vocab_size": self.config.vocab_size}
+            loss = self.loss_function(logits=logits, labels=labels, **loss_kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-
-    def _next_real_tokens(
-        self, labels: Tensor, attention_mask: Tensor | None, packing: dict[str, Tensor | None]
-    ) -> Tensor | None:
-        """What each position predicts, [B, T]: the next real token of the same document, else -100.
-
-        None without padding and packing, where it is the next column.
-        """
-        B, T = labels.shape
-        mask = None if attention_mask is None else attention_mask[:, -T:]
-        layout = lay_out_tokens((B, T), labels.device, 0, mask, **packing)
-        if layout.lengths is None and layout.reset is None:
-            return None
-        targets = layout.pack(labels)
-        if layout.lengths is not None:
-            targets = targets.masked_fill(torch.arange(T, device=labels.device) >= layout.lengths[:, None], -100)
-        if layout.reset is not None:
-            targets = targets.masked_fill(layout.reset, -100)
-        return layout.unpack(nn.functional.pad(targets[:, 1:], (0, 1), value=-100))
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

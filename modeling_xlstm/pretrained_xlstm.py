@@ -40,6 +40,19 @@ class XLSTMPreTrainedModel(PreTrainedModel):
             self.config.auto_map = {**AUTO_MAP, **(getattr(self.config, "auto_map", None) or {})}
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def _resolve_parallel_plans(self, distributed_config: Any) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+        # A plan tells blocks apart by their names only, and both kinds of mixers have gates of the same names.
+        kinds = {name: type(module) for name, module in self.named_modules()}
+        heads, processes = self.config.num_heads, distributed_config.tp_size
+        if MLSTMLayer in kinds.values() and heads % processes:
+            raise ValueError(
+                f"`tp_size` must divide `num_heads`, for a head's state stays in one process; got {processes} and "
+                f"{heads}. Use {math.gcd(heads, processes)}, and the other processes for data (`fsdp_size`)."
+            )
+        whole = tuple(f"{name}." for name, kind in kinds.items() if kind is SLSTMLayer)
+        tp_plan, ep_plan, fsdp_plan = super()._resolve_parallel_plans(distributed_config)
+        return {name: style for name, style in tp_plan.items() if not name.startswith(whole)}, ep_plan, fsdp_plan
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise one module by its type, as in the official packages; parents after, and over, their children."""
@@ -90,7 +103,8 @@ class XLSTMPreTrainedModel(PreTrainedModel):
 
     def _init_slstm(self, module: SLSTMLayer) -> None:
         config = self.config
-        P, N = module.bias.shape[-1], config.num_hidden_layers
+        # Not from the parameters, which ZeRO-3 leaves empty while a checkpoint is loaded.
+        H, P, N = module.num_heads, config.hidden_size // module.num_heads, config.num_hidden_layers
         bound = config.hidden_size**-0.5
         if config.recurrent_weight_init == "standard":
             init.uniform_(module.recurrent, -bound, bound)
@@ -99,7 +113,7 @@ class XLSTMPreTrainedModel(PreTrainedModel):
         if config.slstm_bias_init == "standard":
             init.uniform_(module.bias, -bound, bound)
             return
-        bias = torch.zeros(module.bias.shape)
+        bias = torch.zeros(4, H, P)
         if config.slstm_bias_init == "small_init":
             bias[1] = torch.linspace(3.0, 6.0, P)
         elif config.slstm_bias_init == "powerlaw_blockdependent":

@@ -61,10 +61,20 @@ def state_shapes(model: Mapping[str, Any], block_type: str) -> dict[str, tuple[i
 def write_states(
     path: str | os.PathLike[str], states: Sequence[LayerState], tokens: int, model: dict[str, Any]
 ) -> None:
-    """Write the states of all layers, on the CPU, detached, in their own dtypes."""
+    """Write the states of all layers, on the CPU, detached, in their own dtypes.
+
+    Raises:
+        ValueError: a state holds some of the model's heads only.
+    """
     tensors = {}
     for i, state in enumerate(states):
         named = {**state.cell._asdict(), **({} if state.conv is None else {"conv": state.conv})}
+        wanted = state_shapes(model, model["block_types"][i])
+        if {name: tuple(x.shape[1:]) for name, x in named.items()} != wanted:
+            raise ValueError(
+                f"The states of layer {i} must hold all its heads, {wanted['m'][0]}; got {state.cell.m.shape[1]}, of a "
+                "model cut over processes. Read the text with the whole model to save its states."
+            )
         tensors.update({f"{i}.{name}": x.detach().cpu().contiguous() for name, x in named.items()})
     metadata = {"format": FORMAT, "tokens_seen": str(tokens), "model": json.dumps(model)}
     save_file(tensors, path, metadata)

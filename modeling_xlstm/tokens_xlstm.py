@@ -89,6 +89,33 @@ def lay_out_tokens(
     return layout
 
 
+def next_real_tokens(
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """What each position predicts, [B, T]: the next real token of the same document, else -100.
+
+    Args:
+        labels: token ids, not shifted, [B, T].
+        attention_mask: see `lay_out_tokens`, as the rest.
+        seq_idx: number of each token's document, [B, T].
+        cu_seq_lens_q: first token of each document of a single row, then T, [documents + 1].
+        position_ids: position of each token in its document, [B, T] or [1, T].
+    """
+    B, T = labels.shape
+    mask = None if attention_mask is None else attention_mask[:, -T:]
+    layout = lay_out_tokens((B, T), labels.device, 0, mask, seq_idx, cu_seq_lens_q, position_ids)
+    targets = layout.pack(labels)
+    if layout.lengths is not None:
+        targets = targets.masked_fill(torch.arange(T, device=labels.device) >= layout.lengths[:, None], -100)
+    if layout.reset is not None:
+        targets = targets.masked_fill(layout.reset, -100)
+    return layout.unpack(torch.nn.functional.pad(targets[:, 1:], (0, 1), value=-100))
+
+
 def _real_tokens(attention_mask: Tensor | None, size: tuple[int, int], past: int) -> Tensor | None:
     """The current part of a mask as booleans, [B, T]; None if every token is real."""
     if attention_mask is None:

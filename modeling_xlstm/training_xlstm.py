@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,21 @@ from transformers.data import default_data_collator
 
 from .cache_xlstm import XLSTMCache
 from .configuration_xlstm import XLSTMConfig
+from .tokens_xlstm import next_real_tokens
 
 IGNORED = -100  # the label that counts in no loss
+
+
+class StoredDocuments(Protocol):
+    """Documents that are not held in memory."""
+
+    @property
+    def ids(self) -> Any:
+        """Token ids of all documents, end to end: `ids[places]` reads those at places [T], `len(ids)` counts them."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each document, [documents]."""
 
 
 class Segments(Dataset[dict[str, Tensor]]):
@@ -31,7 +44,7 @@ class Segments(Dataset[dict[str, Tensor]]):
     an empty state. Nothing is left out; the last segment of a lane is padded.
 
     Args:
-        documents: token ids of each document, none of them empty.
+        documents: token ids of each document, none of them empty; or `StoredDocuments`.
         lanes: rows of one optimizer step over all processes: processes x batch size x accumulation steps.
         segment_tokens: tokens of a segment, T; gradients reach no further back.
         seed: shuffles the documents, anew in every epoch; None keeps their order.
@@ -40,13 +53,23 @@ class Segments(Dataset[dict[str, Tensor]]):
         ValueError: a document is empty, or there is less than a token for each lane.
     """
 
-    def __init__(self, documents: Iterable[Sequence[int] | Tensor], lanes: int, segment_tokens: int, seed: int | None):
-        # Half the memory of torch's own integers; a vocabulary needs no more.
-        parts = [torch.as_tensor(document, dtype=torch.int32) for document in documents]
-        lengths = torch.tensor([len(part) for part in parts])
-        if not parts or int(lengths.min()) == 0:
+    def __init__(
+        self,
+        documents: Iterable[Sequence[int] | Tensor] | StoredDocuments,
+        lanes: int,
+        segment_tokens: int,
+        seed: int | None,
+    ):
+        if hasattr(documents, "lengths"):
+            stored: Any = documents
+            ids, lengths = stored.ids, stored.lengths
+        else:
+            # Half the memory of torch's own integers; a vocabulary needs no more.
+            parts = [torch.as_tensor(document, dtype=torch.int32) for document in documents]
+            ids, lengths = torch.cat([torch.empty(0, dtype=torch.int32), *parts]), torch.tensor([*map(len, parts)])
+        if len(lengths) == 0 or int(lengths.min()) == 0:
             raise ValueError(
-                f"`documents` must hold at least one document, and no empty one; got {len(parts)}, of them "
+                f"`documents` must hold at least one document, and no empty one; got {len(lengths)}, of them "
                 f"{int((lengths == 0).sum())} empty. Leave the empty ones out."
             )
         if lanes < 1 or segment_tokens < 1 or int(lengths.sum()) < lanes:
@@ -54,7 +77,7 @@ class Segments(Dataset[dict[str, Tensor]]):
                 f"`lanes` and `segment_tokens` must be at least 1, with a token for each lane; got {lanes} and "
                 f"{segment_tokens} for {int(lengths.sum())} tokens. Use a smaller batch, or more text."
             )
-        self.ids, self.lengths = torch.cat(parts), lengths
+        self.ids, self.lengths = ids, lengths
         self.begins = lengths.cumsum(0) - lengths  # where each document begins in `ids`
         self.lanes, self.segment_tokens, self.seed = lanes, segment_tokens, seed
         self.edges = [len(self.ids) * lane // lanes for lane in range(lanes + 1)]  # of the lanes, in the stream
@@ -89,18 +112,33 @@ class Segments(Dataset[dict[str, Tensor]]):
         ids = self.ids[
             (places + self.shifts[document.clamp(max=len(self.ends) - 1)]).clamp(0, len(self.ids) - 1)
         ].long()
-        real = places[1:-1] < stop
-        predicts = real & (document[1:-1] == document[2:])
-        targets = ids[2:].masked_fill(~predicts, IGNORED)
         return {
-            "input_ids": ids[1:-1].masked_fill(~real, 0),
-            "attention_mask": real.long(),
-            "seq_idx": document[1:-1],
-            "labels": targets,
-            "shift_labels": targets,
+            **packed_row(ids[1:], document[1:], places[1:-1] < stop),
             "lane": torch.tensor(lane),
             "fresh": torch.tensor(segment == 0 or bool(document[0] != document[1])),
         }
+
+
+def packed_row(ids: Tensor, document: Tensor, real: Tensor | None = None) -> dict[str, Tensor]:
+    """One row as a model and Trainer take it.
+
+    Args:
+        ids: of its tokens and of the one after them, [T + 1].
+        document: numbers of their documents, [T + 1].
+        real: False at padding, [T]; None if there is none.
+
+    Returns:
+        row: `input_ids`, `attention_mask`, `seq_idx`, and `labels` and `shift_labels`, what each token predicts, [T].
+    """
+    real = torch.ones(len(ids) - 1, dtype=torch.bool) if real is None else real
+    targets = ids[1:].masked_fill(~real | (document[:-1] != document[1:]), IGNORED)
+    return {
+        "input_ids": ids[:-1].masked_fill(~real, 0),
+        "attention_mask": real.long(),
+        "seq_idx": document[:-1],
+        "labels": targets,
+        "shift_labels": targets,
+    }
 
 
 def decayed_parameters(model: nn.Module) -> list[str]:
@@ -134,12 +172,12 @@ class XLSTMTrainer(Trainer):
         """Called by `create_optimizer`."""
         return decayed_parameters(model)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        # Trainer drops the columns that forward does not name, and this one is not named but passed on.
-        if self._signature_columns is None:
-            super()._set_signature_columns_if_needed()
-            columns: Any = self._signature_columns
-            self._signature_columns = [*columns, "shift_labels"]  # type: ignore[assignment]
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer, which writes no model at all where FSDP writes its checkpoints in shards."""
+        if not self.is_fsdp_enabled or _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -159,10 +197,11 @@ class XLSTMTrainer(Trainer):
 
 
 def next_labels(inputs: dict[str, Any]) -> Tensor:
-    """What each token predicts, [B, T], if nothing is packed that `shift_labels` does not say."""
-    if "shift_labels" in inputs:
+    """What each token of a batch predicts, [B, T], as the model's loss has it."""
+    if inputs.get("shift_labels") is not None:
         return inputs["shift_labels"]
-    return nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+    described = ("attention_mask", "seq_idx", "cu_seq_lens_q", "position_ids")
+    return next_real_tokens(inputs["labels"], **{name: inputs.get(name) for name in described})
 
 
 def nats_of_labels(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from official import official_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM, xLSTMConfig
 from transformers.models.xlstm import modeling_xlstm as transformers_xlstm
@@ -90,24 +91,9 @@ def ours(style: str, size: Size, dtype: torch.dtype = torch.float32) -> Any:
 
 def official(size: Size, dtype: torch.dtype = torch.float32) -> Any:
     """The NeurIPS model of the `xlstm` package, with the weights of ours."""
-    from xlstm import (
-        FeedForwardConfig,
-        mLSTMBlockConfig,
-        mLSTMLayerConfig,
-        sLSTMBlockConfig,
-        sLSTMLayerConfig,
-        xLSTMLMModel,
-        xLSTMLMModelConfig,
-    )
-
     model = ours("neurips", size)
     written, weights = convert_to("neurips", model.config, model.state_dict())
-    parts = {"mlstm": mLSTMLayerConfig, "slstm": sLSTMLayerConfig, "feedforward": FeedForwardConfig}
-    blocks = {"mlstm_block": mLSTMBlockConfig, "slstm_block": sLSTMBlockConfig}
-    for name, block in blocks.items():
-        inner = {key: parts[key](**value) for key, value in written[name].items() if key in parts and value}
-        written[name] = block(**inner)
-    theirs = xLSTMLMModel(xLSTMLMModelConfig(**{**written, "context_length": 4096 // size.shrink}))
+    theirs = official_model("neurips", {**written, "context_length": 4096 // size.shrink})
     theirs.load_state_dict(weights)
     return theirs.to(dtype)
 

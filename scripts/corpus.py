@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sysconfig
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,45 +84,11 @@ def read_files(paths: Sequence[Path]) -> Text:
     return Text(train, held_out, about)
 
 
-def read_columns(source: str, files: list[str], column: str, configuration: str | None = None) -> Text:
-    """A column of a data set, as the `datasets` library finds it, or of files that it reads.
-
-    Args:
-        source: name or folder of a data set, or the kind of the files: json, parquet or arrow.
-        files: paths, if `source` is their kind.
-        column: which holds the text.
-        configuration: name of one of the data set's configurations.
-    """
-    # Imported here, for it is an extra that plain text does without.
-    from datasets import load_dataset
-
-    missing = [name for name in files if not Path(name).is_file()]
-    if missing:
-        raise WrongInput(f"`--text` must name files; {', '.join(missing)} is none, seen from {Path.cwd()}.")
-    splits = load_dataset(source, configuration, data_files=files or None)
-    if "train" not in splits or column not in splits["train"].column_names:
-        found = {name: split.column_names for name, split in splits.items()}
-        raise WrongInput(
-            f"A split `train` with a column `{column}` is needed; got {found}. Name it with --text_column."
-        )
-    train = [text for text in splits["train"][column] if text and text.strip()]
-    other = next((name for name in ("validation", "test") if name in splits), None)
-    if other is not None:
-        held_out, how = [text for text in splits[other][column] if text and text.strip()], f"its split {other}"
-    else:
-        held_out, how = train[::HELD_OUT_ONE_IN], f"every {HELD_OUT_ONE_IN}nd document"
-        train = [text for i, text in enumerate(train) if i % HELD_OUT_ONE_IN]
-    if not train or not held_out:
-        raise WrongInput(f"At least two documents with text are needed; got {len(train) + len(held_out)}.")
-    name = ", ".join(Path(file).name for file in files) or source
-    return Text(train, held_out, f"{name}, column {column}, without empty documents. Held out: {how}.")
-
-
 def count_bytes(texts: Sequence[str]) -> int:
     return sum(len(text.encode()) for text in texts)
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerBase:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """Byte-level BPE: every text has an encoding, and decoding gives it back."""
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -141,10 +107,10 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def load_or_train_tokenizer(folder: Path, text: Text, vocab_size: int) -> PreTrainedTokenizerBase:
+def load_or_train_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """The tokenizer in the folder, which is there or it is not: renaming it into place leaves no half of one."""
     if not folder.is_dir():
         unfinished = folder.with_suffix(".unfinished")
-        train_tokenizer(text.train, vocab_size).save_pretrained(unfinished)
+        train_tokenizer(texts, vocab_size).save_pretrained(unfinished)
         unfinished.replace(folder)
     return AutoTokenizer.from_pretrained(folder)

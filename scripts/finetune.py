@@ -1,12 +1,13 @@
-"""Fine-tune a checkpoint on examples: all weights, LoRA adapters, or nothing but the states it starts from.
+"""Fine-tune a checkpoint on examples: all weights, LoRA adapters, a prompt, or nothing but the states it starts from.
 
 Laptop:
 
     python scripts/finetune.py xlstm-quickstart --data examples.jsonl --method lora --output_dir out/lora
 
-One GPU:
+One GPU; the second on weights of four bits, as QLoRA:
 
     python scripts/finetune.py out/125m --data chats.jsonl --method full --packing --bf16 --output_dir out/chat
+    python scripts/finetune.py out/7b --data chats.jsonl --quantization bitsandbytes-4bit --bf16 --output_dir out/lora
 
 Many GPUs:
 
@@ -14,8 +15,8 @@ Many GPUs:
         --method full --output_dir out/chat
 
 Rows of a .jsonl file hold `text`, or `prompt` and `completion`, of which the completion is learnt, or `messages` for
-the tokenizer's chat template. All flags of TRL's SFTConfig apply. --method state writes state.safetensors, which
-scripts/generate.py takes with --load_state.
+the tokenizer's chat template, or that of --chat_template_path. All flags of TRL's SFTConfig apply. --method state and
+--method prompt write state.safetensors, which scripts/generate.py takes with --load_state.
 """
 
 from __future__ import annotations
@@ -30,22 +31,29 @@ import torch
 import transformers
 from corpus import WrongInput
 from datasets import Dataset, load_dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from modeling_xlstm import XLSTMCache
+from modeling_xlstm.quantization_xlstm import ADAPTABLE, quantization
 from modeling_xlstm.training_xlstm import XLSTMTrainer
 from modeling_xlstm.tuning_xlstm import StateTuner, lora_targets
 
-METHODS = ("full", "lora", "state")
+METHODS = ("full", "lora", "prompt", "state")
 
 
 @dataclass
 class TuneArguments:
     data: list[str] = field(default_factory=list, metadata={"help": ".jsonl files of examples"})
-    method: str = field(default="lora", metadata={"help": "full, lora or state", "choices": METHODS})
+    method: str = field(default="lora", metadata={"help": "full, lora, prompt or state", "choices": METHODS})
     lora_r: int = field(default=16, metadata={"help": "rank of the adapters"})
     lora_alpha: int = field(default=32, metadata={"help": "their scale, times the rank"})
+    prompt_tokens: int = field(default=16, metadata={"help": "length of the prompt that --method prompt learns"})
+    quantization: str | None = field(
+        default=None,
+        metadata={"help": "keep the model's weights in few bits while what is added is trained", "choices": ADAPTABLE},
+    )
 
 
 def parse(words: Sequence[str]) -> tuple[str, SFTConfig, TuneArguments]:
@@ -84,11 +92,17 @@ def encode(row: dict[str, Any], tokenizer: Any, longest: int | None) -> dict[str
     return {"input_ids": ids, "labels": [-100] * len(prompt[:longest]) + ids[len(prompt) :]}
 
 
+def refuse(settings: SFTConfig, names: Sequence[str], why: str) -> None:
+    for name in names:
+        if getattr(settings, name):
+            raise WrongInput(f"`--{name}` does not apply to {why}. Leave it out.")
+
+
 def tune_states(model: Any, tokenizer: Any, rows: Dataset, settings: SFTConfig) -> None:
     """Train the states only, and write them."""
-    for name in ("packing", "padding_free", "assistant_only_loss"):
-        if getattr(settings, name):
-            raise WrongInput(f"`--{name}` does not apply to --method state, where every row starts from the states.")
+    refuse(
+        settings, ("packing", "padding_free", "assistant_only_loss"), "--method state: every row starts from the states"
+    )
     examples = [encode(row, tokenizer, settings.max_length) for row in rows]
     tuner = StateTuner(model, [tokenizer.eos_token_id])
     trained = sum(x.numel() for x in tuner.parameters() if x.requires_grad)
@@ -99,32 +113,80 @@ def tune_states(model: Any, tokenizer: Any, rows: Dataset, settings: SFTConfig) 
         tuner, settings, train_dataset=examples, data_collator=DataCollatorForSeq2Seq(tokenizer, padding="longest")
     )
     trainer.train()
+    write_state(tuner.cache(1), settings)
+
+
+def write_state(cache: XLSTMCache, settings: SFTConfig) -> None:
+    """Write, once among all processes, a state that texts go on from."""
     if settings.process_index == 0:
         path = Path(str(settings.output_dir)) / "state.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        tuner.save(path)
+        cache.detach_().save(path)
         print(f"Saved      {path}")
 
 
-def tune_weights(model: Any, tokenizer: Any, rows: Dataset, settings: SFTConfig, tune: TuneArguments) -> None:
-    """Train all weights or adapters with TRL, and write a checkpoint or the adapters."""
-    adapters = None
+def adapters(model: Any, settings: SFTConfig, tune: TuneArguments) -> PeftConfig | None:
+    """What is trained beside the weights, as PEFT describes it."""
     if tune.method == "lora":
-        adapters = LoraConfig(
+        return LoraConfig(
             r=tune.lora_r, lora_alpha=tune.lora_alpha, target_modules=lora_targets(model), task_type="CAUSAL_LM"
         )
-    trainer = SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer, peft_config=adapters)
+    if tune.method == "prompt":
+        # PEFT drops what describes packing when it puts a prompt before a row.
+        refuse(settings, ("packing", "padding_free"), "--method prompt: every row starts with the prompt")
+        return PromptTuningConfig(
+            num_virtual_tokens=tune.prompt_tokens, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM"
+        )
+    return None
+
+
+def tune_weights(model: Any, tokenizer: Any, rows: Dataset, settings: SFTConfig, tune: TuneArguments) -> None:
+    """Train all weights, adapters or a prompt with TRL, and write a checkpoint or what was added."""
+    added = adapters(model, settings, tune)
+    trainer = SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer, peft_config=added)
     trainer.train()
     trainer.save_model(str(settings.output_dir))
+    if tune.method == "prompt":
+        learnt: Any = trainer.accelerator.unwrap_model(trainer.model).eval()
+        with torch.no_grad():
+            write_state(
+                model(inputs_embeds=learnt.get_prompt(1).to(model.dtype), use_cache=True).past_key_values, settings
+            )
+
+
+def load_model(checkpoint: str, settings: SFTConfig, tune: TuneArguments) -> Any:
+    options: dict[str, Any] = {"trust_remote_code": True, "dtype": torch.float32}
+    if tune.quantization is not None:
+        if tune.method == "full":
+            raise WrongInput("`--quantization` holds weights that cannot be trained; got --method full. Use lora.")
+        options["dtype"] = torch.bfloat16 if settings.bf16 else torch.float32
+        try:
+            options["quantization_config"] = quantization(tune.quantization, options["dtype"])
+        except ImportError as error:
+            raise WrongInput(f"`--quantization` cannot be followed: {error}") from error
+    return AutoModelForCausalLM.from_pretrained(checkpoint, **options)
+
+
+def load_tokenizer(checkpoint: str, settings: SFTConfig, chats: bool) -> Any:
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    if settings.chat_template_path is not None:
+        path = Path(settings.chat_template_path)
+        if not path.is_file():
+            raise WrongInput(f"`--chat_template_path` must name a .jinja file; {path} is none, seen from {Path.cwd()}.")
+        tokenizer.chat_template = path.read_text("utf-8")
+    if chats and tokenizer.chat_template is None:
+        raise WrongInput(
+            f"Rows of `--data` hold `messages`, and the tokenizer of {checkpoint} has no chat template. Name one with "
+            "--chat_template_path; docs/training.md has an example."
+        )
+    return tokenizer
 
 
 def run(checkpoint: str, settings: SFTConfig, tune: TuneArguments) -> None:
     rows = read_examples(tune.data)
     set_seed(settings.seed)
-    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32)
-    if "messages" in rows.column_names and tokenizer.chat_template is None:
-        raise WrongInput(f"Rows of `--data` hold `messages`, and the tokenizer of {checkpoint} has no chat template.")
+    tokenizer = load_tokenizer(checkpoint, settings, "messages" in rows.column_names)
+    model = load_model(checkpoint, settings, tune)
     if tune.method == "state":
         tune_states(model, tokenizer, rows, settings)
     else:

@@ -18,6 +18,10 @@ Many prompts, one per line or as {"prompt": ...} per line of a .jsonl file, in b
 
     python scripts/generate.py xlstm-quickstart --prompts_file prompts.jsonl --batch_size 16 --output written.jsonl
 
+Weights in bfloat16, or in eight bits on top (docs/quantization.md says what that is good for):
+
+    python scripts/generate.py xlstm-quickstart --prompt "def" --dtype bfloat16 --quantization quanto-int8
+
 A saved state holds all that was shown, the completion too. With --prompts_file, every prompt goes on from the state.
 """
 
@@ -39,6 +43,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
 from modeling_xlstm import XLSTMCache, XLSTMConfig
+from modeling_xlstm.quantization_xlstm import LIBRARIES, quantization
 
 MAX_NEW_TOKENS = 128
 
@@ -241,7 +246,13 @@ def load(arguments: argparse.Namespace) -> Writer:
         )
     # The package's classes, not code that lies in the folder: a state written by one version is read by this one.
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    options: dict[str, Any] = {} if arguments.dtype is None else {"dtype": getattr(torch, arguments.dtype)}
+    if arguments.quantization is not None:
+        try:
+            options["quantization_config"] = quantization(arguments.quantization, options.get("dtype", torch.float32))
+        except ImportError as error:
+            raise WrongInput(f"`--quantization` cannot be followed: {error}") from error
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     if model.config.model_type != XLSTMConfig.model_type:
         raise WrongInput(
             f"The checkpoint must be of model type {XLSTMConfig.model_type!r}; {folder} is of "
@@ -331,6 +342,8 @@ def parse() -> argparse.Namespace:
     )
     add("--temperature", type=number(float, 0), help="of sampling; 0 is greedy (default: the checkpoint's)")
     add("--top_p", type=number(float, 1e-6, 1), help="sample from this share (default: the checkpoint's)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: the checkpoint's)")
+    add("--quantization", choices=list(LIBRARIES), help="keep the blocks' projections in few bits")
     add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
     return parser.parse_args(underscored(sys.argv[1:]))
 

@@ -248,7 +248,9 @@ def train(arguments: argparse.Namespace, text: Text, settings: TrainingArguments
     say = print if settings.process_index == 0 else silent
     with settings.main_process_first():
         checkpoint = last_checkpoint(arguments.out / "checkpoints")
-        tokenizer = load_or_train_tokenizer(arguments.out / "checkpoints" / "tokenizer", text, arguments.vocab_size)
+        tokenizer = load_or_train_tokenizer(
+            arguments.out / "checkpoints" / "tokenizer", text.train, arguments.vocab_size
+        )
     blocks, held_out = (make_blocks(tokenizer, texts) for texts in text[:2])
     say(f"Tokenizer  {len(tokenizer):,} tokens; {len(blocks):,} blocks of {BLOCK_TOKENS}, {len(held_out):,} held out")
     model = make_model(tokenizer, arguments)

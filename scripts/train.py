@@ -19,27 +19,21 @@ same command goes on from the last checkpoint, exactly as if it had not been int
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import math
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import transformers
 import yaml  # type: ignore[import-untyped]
-from corpus import (
-    Text,
-    WrongInput,
-    count_bytes,
-    load_or_train_tokenizer,
-    read_columns,
-    read_files,
-    read_standard_library,
-)
+from corpus import WrongInput, load_or_train_tokenizer
 from runs import LossBar, draw_losses, last_checkpoint, silent, step_of
+from train_data import DataArguments, Source, Stream, Tokens, not_empty, open_source, tokenise
+from train_metrics import CarriedRun, Costs, Run, peak_flops_of
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,51 +47,30 @@ from transformers import (
     set_seed,
 )
 
-from modeling_xlstm.training_xlstm import CarriedStateTrainer, Segments, XLSTMTrainer, nats_of_labels, sum_nats
+from modeling_xlstm.costs_xlstm import flops_per_token
+from modeling_xlstm.gates_xlstm import GateStatistics
+from modeling_xlstm.training_xlstm import Segments, nats_of_labels, sum_nats
 
 
 @dataclass
-class RunArguments:
-    model: str = field(metadata={"help": "file of configuration/model to begin with, or a checkpoint to go on from"})
+class RunArguments(DataArguments):
+    model: str = field(
+        default="", metadata={"help": "file of configuration/model to begin with, or a checkpoint to go on from"}
+    )
     tokenizer: str | None = field(
         default=None, metadata={"help": "folder or name; else the checkpoint's, or one trained on the text"}
     )
-    dataset: str | None = field(default=None, metadata={"help": "name or folder of a Hugging Face data set"})
-    dataset_config: str | None = field(default=None, metadata={"help": "which of its configurations"})
-    text: list[str] = field(
-        default_factory=list, metadata={"help": "files of one kind: UTF-8 text, .jsonl, .parquet or .arrow"}
-    )
-    text_column: str = field(default="text", metadata={"help": "of a data set, .jsonl, .parquet or .arrow"})
-    demo: bool = field(default=False, metadata={"help": "the sources of Python's standard library"})
     block_size: int = field(default=512, metadata={"help": "tokens of a row"})
     carry_state: bool = field(
         default=False, metadata={"help": "rows go on where the last step's ended, from the state it left, detached"}
     )
     z_loss: float = field(default=0.0, metadata={"help": "weight of the squared log-normaliser; 1e-4 is usual"})
-
-
-class Run(XLSTMTrainer):
-    """Logs speed and perplexity beside what Trainer logs, and bits per byte of what is held out."""
-
-    held_out_bytes = 0
-    started: tuple[float, float] | None = None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs["perplexity"] = math.exp(min(logs["loss"], 100.0))
-            now, seen = time.perf_counter(), float(self.state.num_input_tokens_seen)
-            if self.started is not None:
-                logs["tokens_per_second"] = round((seen - self.started[1]) / (now - self.started[0]), 1)
-            self.started = now, seen
-        if "eval_nats" in logs:
-            self.started = None  # what an evaluation takes is no time of training
-            logs["eval_nats_per_token"] = logs["eval_nats"] / logs["eval_predicted_tokens"]
-            logs["eval_bits_per_byte"] = logs["eval_nats"] / math.log(2) / self.held_out_bytes
-        super().log(logs, start_time)
-
-
-class CarriedRun(Run, CarriedStateTrainer):
-    """The same, with states carried from step to step."""
+    gate_statistics: bool = field(
+        default=True, metadata={"help": "log what the gates do; not with --torch_compile, which traces no watching"}
+    )
+    peak_flops: float | None = field(
+        default=None, metadata={"help": "operations a second of one device, for MFU; known for some, measured on a CPU"}
+    )
 
 
 def parse(words: Sequence[str]) -> tuple[TrainingArguments, RunArguments]:
@@ -106,6 +79,8 @@ def parse(words: Sequence[str]) -> tuple[TrainingArguments, RunArguments]:
     parser = HfArgumentParser(kinds)
     # What a run of ours differs in from Trainer's defaults.
     parser.set_defaults(use_cache=True, include_num_input_tokens_seen=True, logging_steps=20, save_total_limit=2)
+    if importlib.util.find_spec("tensorboard") is not None:
+        parser.set_defaults(report_to=["tensorboard"])
     if words and words[0].endswith((".yaml", ".yml")):
         words = [*recipe_flags(Path(words[0])), *words[1:]]
     settings, run = parser.parse_args_into_dataclasses(list(words))
@@ -127,25 +102,8 @@ def recipe_flags(path: Path) -> Iterator[str]:
             yield json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def read_text(run: RunArguments) -> Text:
-    """Documents to train on and to judge with, from whichever source was chosen."""
-    chosen = [name for name in ("dataset", "text", "demo") if getattr(run, name)]
-    if len(chosen) != 1:
-        raise WrongInput(f"Choose one of --dataset, --text and --demo; got {' and '.join(chosen) or 'none'}.")
-    if run.demo:
-        return read_standard_library()
-    if run.dataset:
-        return read_columns(run.dataset, [], run.text_column, run.dataset_config)
-    kinds = {Path(name).suffix.lstrip(".") for name in run.text}
-    if not kinds & {"jsonl", "parquet", "arrow"}:
-        return read_files([Path(name) for name in run.text])
-    if len(kinds) > 1:
-        raise WrongInput(f"`--text` must name files of one kind; got {sorted(kinds)}. Convert them, or train in turns.")
-    return read_columns({"jsonl": "json"}.get(kind := kinds.pop(), kind), run.text, run.text_column)
-
-
 def open_model(
-    run: RunArguments, settings: TrainingArguments, text: Text
+    run: RunArguments, settings: TrainingArguments, source: Source
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A new model of a configuration file, or a checkpoint, and its tokenizer."""
     set_seed(settings.seed)
@@ -154,77 +112,106 @@ def open_model(
         return AutoModelForCausalLM.from_pretrained(run.model, trust_remote_code=True), tokenizer
     if not Path(run.model).is_file():
         raise WrongInput(f"`--model` must name a file or a checkpoint; {run.model} does not exist.")
+    if run.streaming and not run.tokenizer:
+        raise WrongInput("`--streaming` needs a `--tokenizer`: one cannot be trained on a stream that is read once.")
     fields = json.loads(Path(run.model).read_text("utf-8"))
     if run.tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(run.tokenizer, trust_remote_code=True)
     else:
         folder = Path(str(settings.output_dir)) / "tokenizer"
         with settings.main_process_first():
-            tokenizer = load_or_train_tokenizer(folder, text, fields["vocab_size"])
+            texts = (text for rows in source.train.iter(1000) for text in not_empty(rows["text"]))
+            tokenizer = load_or_train_tokenizer(folder, texts, fields["vocab_size"])
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**fields, **ids}))
     model.generation_config = GenerationConfig(**ids)
     return model, tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], vocab_size: int) -> list[list[int]]:
-    """Ids of every document between two end tokens, so that each of its own tokens is predicted."""
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise WrongInput("The tokenizer must have an end token (`eos_token`), which parts documents; it has none.")
-    documents = [[end, *ids, end] for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids]
-    largest = max(max(ids) for ids in documents)
-    if largest >= vocab_size:
-        raise WrongInput(
-            f"The tokenizer writes id {largest}, and the model knows {vocab_size}. Use the tokenizer it was trained "
-            "with, or a larger `vocab_size`."
-        )
-    return documents
-
-
-def make_data(run: RunArguments, documents: list[list[int]], rows: int, seed: int | None) -> Segments:
+def make_rows(run: RunArguments, tokens: Tokens, rows: int, seed: int | None) -> Segments:
     """Rows of `block_size` tokens: each from an empty state, or, carried, `rows` lanes of segments."""
     if not run.carry_state:
         # One segment per lane: the lanes are what rows of packed documents are.
-        rows, seed = -(-sum(map(len, documents)) // run.block_size), None
-    return Segments(documents, rows, run.block_size, seed)
+        rows, seed = -(-len(tokens.ids) // run.block_size), None
+    return Segments(tokens, rows, run.block_size, seed)
+
+
+def make_data(
+    run: RunArguments, settings: TrainingArguments, source: Source, tokenizer: Any, vocab_size: int
+) -> tuple[Any, Segments, int]:
+    """Rows to train on and to judge with, and the bytes of the text of the latter."""
+    say = print if settings.process_index == 0 else silent
+    with settings.main_process_first():
+        held_out = tokenise(run, source.held_out, tokenizer, vocab_size, "held out")
+        train = None if run.streaming else tokenise(run, source.train, tokenizer, vocab_size, "trained on")
+    for name, tokens in (("Text", train), ("Held out", held_out)):
+        if tokens is None:
+            say(f"{name:11}a stream, tokenised as it is read")
+        else:
+            how = ", found tokenised" if tokens.cached else ""
+            say(f"{name:11}{tokens.bytes / 1e6:.2f} MB, {len(tokens.ids):,} tokens{how}")
+    judged = make_rows(run, held_out, settings.eval_batch_size * settings.world_size, None)
+    if train is None:
+        return Stream(source.train, tokenizer, vocab_size, run.block_size, settings.seed), judged, held_out.bytes
+    lanes = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+    return make_rows(run, train, lanes, settings.seed), judged, held_out.bytes
 
 
 def make_trainer(
-    run: RunArguments, settings: TrainingArguments, model: PreTrainedModel, tokenizer: Any, text: Text
+    run: RunArguments, settings: TrainingArguments, model: PreTrainedModel, tokenizer: Any, source: Source
 ) -> Run:
-    train, held_out = (encode(tokenizer, texts, model.config.vocab_size) for texts in (text.train, text.held_out))
-    lanes = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+    train, held_out, size = make_data(run, settings, source, tokenizer, model.config.vocab_size)
     trainer = (CarriedRun if run.carry_state else Run)(
         model,
         settings,
-        train_dataset=make_data(run, train, lanes, settings.seed),
-        eval_dataset=make_data(run, held_out, settings.eval_batch_size * settings.world_size, None),
+        train_dataset=train,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         compute_metrics=sum_nats,
         preprocess_logits_for_metrics=nats_of_labels,
         z_loss=run.z_loss,
     )
-    trainer.held_out_bytes = count_bytes(text.held_out)
+    trainer.held_out_bytes = size
+    config: Any = model.config
+    flops = flops_per_token(config, run.block_size).training
+    trainer.costs = Costs(flops, run.peak_flops or peak_flops_of(settings))
+    # A compiled graph would be traced anew at every step that is watched.
+    trainer.gates = GateStatistics() if run.gate_statistics and not settings.torch_compile else None
     if not settings.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossBar())
     return trainer
 
 
+def check(run: RunArguments, settings: TrainingArguments) -> None:
+    """Refuse what cannot be meant, before anything is read."""
+    if not run.model:
+        raise WrongInput("`--model` must name a file of configuration/model, or a checkpoint; got none.")
+    if run.streaming and settings.max_steps < 1:
+        raise WrongInput("`--streaming` needs `--max_steps`, for a stream says not how long it is.")
+    if run.streaming and run.carry_state:
+        raise WrongInput("`--carry_state` needs every lane's place in the text, which `--streaming` has not.")
+
+
 def train(settings: TrainingArguments, run: RunArguments) -> None:
     say = print if settings.process_index == 0 else silent
     folder = Path(str(settings.output_dir))
-    text = read_text(run)
-    say(f"Text       {count_bytes(text.train) / 1e6:.2f} MB, and {count_bytes(text.held_out) / 1e6:.2f} MB held out")
-    model, tokenizer = open_model(run, settings, text)
+    check(run, settings)
+    if settings.disable_tqdm or settings.process_index:
+        datasets.disable_progress_bars()
+    with settings.main_process_first():
+        source = open_source(run)
+    say(f"Source     {source.about}")
+    model, tokenizer = open_model(run, settings, source)
     say(f"Model      {model.num_parameters():,} parameters; {len(tokenizer):,} tokens")
-    trainer = make_trainer(run, settings, model, tokenizer, text)
+    trainer = make_trainer(run, settings, model, tokenizer, source)
     with settings.main_process_first():
         checkpoint = last_checkpoint(folder)
     if settings.resume_from_checkpoint is None and checkpoint is not None:
         settings.resume_from_checkpoint = str(checkpoint)
         say(f"Resuming   at step {step_of(checkpoint):,}")
+    if trainer.costs.peak is None:
+        say("MFU        not logged: this device is in no table; give its best with --peak_flops")
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
     facts = trainer.evaluate()
     trainer.save_model(str(folder))

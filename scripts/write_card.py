@@ -5,7 +5,8 @@ Laptop, one GPU or many GPUs, for no model is run:
     python scripts/write_card.py xlstm-quickstart
 
 The folder must hold `config.json`, weights, `trainer_state.json` (losses, steps, seconds) and `run.json`, whose "card"
-says what no other file can: name, summary, data, command, machine, limits. scripts/quickstart.py leaves all of them.
+says what no other file can: name, summary, data, command, machine, limits, and, where there are any, the Hub's names of
+its `datasets` and `languages`. scripts/quickstart.py leaves all of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
@@ -36,7 +38,11 @@ def write_card(folder: Path, template: Path = TEMPLATE) -> Path:
     Raises:
         ValueError: a file is missing, or the template asks for a fact that the files do not hold.
     """
-    facts = card_facts(folder)
+    return fill_card(template, card_facts(folder), folder)
+
+
+def fill_card(template: Path, facts: Mapping[str, str], folder: Path) -> Path:
+    """Write README.md in a folder from a template and the facts it asks for; ValueError if it asks for another."""
     try:
         card = string.Template(template.read_text("utf-8")).substitute(facts)
     except KeyError as error:
@@ -58,12 +64,13 @@ def card_facts(folder: Path) -> dict[str, str]:
     card = run["card"]
     return {
         **{name: str(value) for name, value in card.items()},
+        "metadata": metadata(card, logs),
         "path": folder.as_posix(),
         # As it stands between the quotes of a Python string.
         "prompt": json.dumps(card["prompt"], ensure_ascii=False)[1:-1],
         "train_bytes": f"{card['train_bytes']:,}",
         "eval_bytes": f"{card['eval_bytes']:,}",
-        "parameters": f"{_count_parameters(folder):,}",
+        "parameters": f"{count_parameters(folder):,}",
         "state_bytes": f"{card['state_bytes']:,}",
         "block_types": ", ".join(config["block_types"]),
         "hidden_size": str(config["hidden_size"]),
@@ -76,6 +83,33 @@ def card_facts(folder: Path) -> dict[str, str]:
         "eval_loss": f"{logs['eval_loss']:.4f}",
         "bits_per_byte": f"{logs['eval_bits_per_byte']:.4f}",
     }
+
+
+def metadata(card: Mapping[str, Any], logs: Mapping[str, Any]) -> str:
+    """What the Hub reads at the top of a card, as YAML: among it, as `model-index`, what was measured."""
+    measured = {"loss": ("Loss, nats per token", "eval_loss"), "bits_per_byte": ("Bits per byte", "eval_bits_per_byte")}
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out",
+            dataset_name=f"held-out text, {card['eval_bytes']:,} bytes",
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(float(logs[key]), 4),
+        )
+        for kind, (name, key) in measured.items()
+    ]
+    data = ModelCardData(
+        language=card.get("languages"),
+        license=card["license"],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["xlstm", "custom_code"],
+        datasets=card.get("datasets"),
+        model_name=card["name"],
+        eval_results=results,
+    )
+    return str(data.to_yaml())
 
 
 def _duration(state: Mapping[str, Any], logs: Mapping[str, Any]) -> str:
@@ -91,7 +125,7 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text("utf-8")))
 
 
-def _count_parameters(folder: Path) -> int:
+def count_parameters(folder: Path) -> int:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(

@@ -69,10 +69,15 @@ TRAVELLING = {
 }
 MODULES = {
     **TRAVELLING,
-    "conversion_xlstm": Module(HOME, {CONFIG}, {"torch"}),
+    "links_xlstm": Module(HOME, {CONFIG}, {"torch"}),
+    "conversion_xlstm": Module(HOME + 1, {CONFIG, "links_xlstm"}, {"torch"}),
     "serving_xlstm": Module(HOME, {"cache_xlstm", "modeling_xlstm"}, {"torch", "transformers"}),
-    "training_xlstm": Module(HOME, {"cache_xlstm", CONFIG}, {"torch", "transformers"}),
+    "training_xlstm": Module(HOME, {"cache_xlstm", CONFIG, TOKENS}, {"torch", "transformers"}),
     "tuning_xlstm": Module(HOME, {"cache_xlstm", STATES}, {"torch"}),
+    "quantization_xlstm": Module(HOME, set(), {"torch", "transformers", "torchao"}),
+    "costs_xlstm": Module(HOME, {CONFIG, "layers_xlstm", "modeling_xlstm"}, {"torch"}),
+    "gates_xlstm": Module(HOME, {STATES}, {"torch"}),
+    "memory_xlstm": Module(HOME, {CONFIG, STATES, "modeling_xlstm"}, {"torch"}),
     "recurrent_xlstm": Module(HOME, {STATES, COMMON, "ops_mlstm", "ops_slstm", "layers_xlstm"}, {"torch"}),
     "sequence_xlstm": Module(HOME, {CONFIG, "modeling_xlstm", "forecasting_xlstm"}, {"torch"}),
     "forecasting_cells": Module(HOME + 1, {STATES, COMMON, "recurrent_xlstm"}, {"torch"}),

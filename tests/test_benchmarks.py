@@ -18,6 +18,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from modeling_xlstm import XLSTMForCausalLM
+from modeling_xlstm.quantization_xlstm import LIBRARIES
 
 
 def benchmark(script: str, folder: Path, *options: str | Path, **flags: Any) -> dict[str, Any]:
@@ -188,3 +189,15 @@ def test_the_description_of_a_machine_holds_no_path_of_it(tmp_path: Path, monkey
     assert about["versions"]["no-such-package"] is None
     assert str(tmp_path) not in json.dumps(about)
     assert f"torch {torch.__version__}" in machine_in_words(about)
+
+
+@pytest.mark.slow
+def test_weights_in_fewer_bits_are_judged_and_timed(tmp_path: Path) -> None:
+    result = benchmark("benchmark_quantised.py", tmp_path, "large", "--tiny", rounds=1, batches=1)
+    rows = result["large"]
+    plain = rows["float32"]
+    assert len(rows) == 2 * (1 + len(LIBRARIES))
+    assert all(row["weight_bytes"] < plain["weight_bytes"] for name, row in rows.items() if name != "float32")
+    assert all(row["batch 1"]["tokens_per_second"] > 0 for row in rows.values())
+    assert plain["batch 1"]["difference"] == 0 < rows["quanto-int8 float32"]["batch 1"]["difference"]
+    assert result["about"]["versions"]["torchao"]

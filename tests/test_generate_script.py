@@ -98,7 +98,7 @@ def test_going_on_from_a_saved_state_is_going_on_from_the_whole_text(checkpoint:
     assert out == checkpoint.text([*start, *completion]) + "\n"
     saved = XLSTMCache.load(state, checkpoint.model.config)
     assert saved.get_seq_length() == len(start) + NEW
-    assert err == (
+    assert err.endswith(  # libraries may say on import what they could not load
         f"{len(start)} tokens read, {NEW} written; writing {err.split('writing ')[1].split()[0]} tokens/s. "
         f"The state takes {saved.size_in_bytes():,} bytes however long the text is.\n"
     )

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from checkout import ROOT
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tolerances import FLOAT32, assert_identical, assert_same
 from transformers import AutoTokenizer
@@ -299,6 +300,24 @@ def test_weight_decay_spares_norms_embeddings_and_all_biases(style: str, script:
 def test_a_card_is_not_written_with_a_fact_missing(script: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json, which does not exist"):
         script.write_card(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_hub_finds_in_the_card_what_it_looks_for(finished: tuple[Path, str]) -> None:
+    run, _ = finished
+    data = ModelCard.load(run / "README.md").data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("other", "transformers", "text-generation")
+    assert {"xlstm", "custom_code"} <= set(data.tags)
+    measured = {result.metric_type: result.metric_value for result in data.eval_results}
+    names = {"loss": "eval_loss", "bits_per_byte": "eval_bits_per_byte"}
+    assert measured == {kind: round(logged(run, name), 4) for kind, name in names.items()}
+
+
+def test_a_card_names_its_data_sets_and_languages_where_it_has_any(script: ModuleType) -> None:
+    card = {"name": "n", "license": "mit", "eval_bytes": 7, "datasets": ["a/b"], "languages": ["de"]}
+    text = sys.modules["write_card"].metadata(card, {"eval_loss": 1.0, "eval_bits_per_byte": 2.0})
+    data = ModelCard(f"---\n{text}\n---\n").data
+    assert (data.datasets, data.language, data.model_name) == (["a/b"], ["de"], "n")
 
 
 @pytest.mark.slow

@@ -15,14 +15,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
 from checkout import ROOT
 from safetensors.torch import load_file
-from tolerances import FLOAT32, assert_identical, assert_same
+from tolerances import BFLOAT16, FLOAT32, assert_identical, assert_same
 from transformers import AutoTokenizer
 
 from modeling_xlstm import XLSTMForCausalLM
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import train
+import train_data
 
 SCRIPT = str(ROOT / "scripts" / "train.py")
 MODEL = {
@@ -40,17 +45,15 @@ learning_rate: 1.0e-2
 save_steps: 3
 logging_steps: 3
 use_cpu: true
+token_cache: cache
 """
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The script, in a folder with a recipe and what it names."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path)
-    import train
-
     return train
 
 
@@ -84,10 +87,11 @@ def test_a_run_leaves_a_checkpoint_that_loads_and_the_bits_per_byte_of_the_held_
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert model.config.use_cache
     assert model.config.eos_token_id == tokenizer.eos_token_id is not None
-    held_out = script.read_files([Path("first.txt"), Path("second.txt")]).held_out
-    documents = script.encode(tokenizer, held_out, 320)
+    held_out = train_data.read_files([Path("first.txt"), Path("second.txt")]).held_out
+    documents = train_data.encode(tokenizer, held_out, 320)
     _, arguments = script.parse(["recipe.yaml", "--output_dir", "run", "--carry_state", carry])
-    lanes = script.make_data(arguments, documents, 4, None).edges
+    tokens = train_data.tokenise(arguments, train_data.Dataset.from_dict({"text": held_out}), tokenizer, 320, "read")
+    lanes = script.make_rows(arguments, tokens, 4, None).edges
     # Each document by itself, cut where a lane ends; those are rows of 32 tokens if nothing is carried.
     ids, ends = torch.tensor(list(itertools.chain(*documents))), list(itertools.accumulate(map(len, documents)))
     nats = 0.0
@@ -99,6 +103,9 @@ def test_a_run_leaves_a_checkpoint_that_loads_and_the_bits_per_byte_of_the_held_
     size = sum(len(text.encode()) for text in held_out)
     assert_same(logged(folder, "eval_bits_per_byte"), nats / math.log(2) / size, FLOAT32)
     assert f"{logged(folder, 'eval_bits_per_byte'):.4f} bits per byte" in capsys.readouterr().out
+    for name in ("grad_norm", "mfu", "peak_memory_mb", "gates/00_mlstm/forget_mean", "gates/01_slstm/input_max"):
+        assert logged(folder, name) != 0
+    assert list(folder.glob("runs/*/events.out.tfevents.*")), "TensorBoard is told where it is installed"
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -125,6 +132,27 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(script: Module
     assert_identical(load_file("run/model.safetensors"), load_file(whole / "model.safetensors"))
     for name in ("loss", "eval_nats", "num_input_tokens_seen"):
         assert logged(tmp_path / "run", name) == logged(whole, name)
+
+
+def test_accumulation_and_checkpointing_change_no_weight_and_bfloat16_trains(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    """By plain gradient descent, as below."""
+    recipe = RECIPE.replace("learning_rate: 1.0e-2", "learning_rate: 0.5\noptim: sgd").replace("12", "4")
+    (tmp_path / "recipe.yaml").write_text(recipe, "utf-8")
+    kinds = {
+        "alone": [],
+        "parts": ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"],
+        "again": ["--activation_checkpointing"],
+        "short": ["--bf16"],
+    }
+    for name, words in kinds.items():
+        run(script, *words)
+        (tmp_path / "run").rename(tmp_path / name)
+    for name in ("parts", "again"):
+        assert_same(load_file(f"{name}/model.safetensors"), load_file("alone/model.safetensors"), FLOAT32)
+        assert_same(logged(tmp_path / name, "loss"), logged(tmp_path / "alone", "loss"), FLOAT32)
+    assert_same(logged(tmp_path / "short", "loss"), logged(tmp_path / "alone", "loss"), BFLOAT16)
 
 
 @pytest.mark.slow
@@ -180,23 +208,152 @@ def test_flags_win_over_the_recipe(script: ModuleType) -> None:
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(script: ModuleType) -> None:
-    text = script.read_files([Path("first.txt")])
-    tokenizer = script.load_or_train_tokenizer(Path("tokenizer"), text, 320)
+    texts = [Path("first.txt").read_text("utf-8")]
+    tokenizer = script.load_or_train_tokenizer(Path("tokenizer"), texts, 320)
     with pytest.raises(script.WrongInput, match="and the model knows 300"):
-        script.encode(tokenizer, text.train, 300)
+        train_data.encode(tokenizer, texts, 300)
 
 
 def test_columns_of_jsonl_and_parquet_are_read_and_some_documents_held_out(script: ModuleType) -> None:
-    from datasets import Dataset
-
-    rows = Dataset.from_dict({"body": [f"document {i}" for i in range(70)] + [" "]})
+    rows = train_data.Dataset.from_dict({"body": [f"document {i}" for i in range(70)] + [" "]})
     rows.to_json("rows.jsonl")
     rows.to_parquet("rows.parquet")
     texts: list[Any] = []
     for name in ("rows.jsonl", "rows.parquet"):
         _, arguments = script.parse(["recipe.yaml", "--output_dir", "x", "--text", name, "--text_column", "body"])
-        texts.append(script.read_text(arguments)[:2])
+        texts.append([list(part["text"]) for part in train_data.open_source(arguments)[:2]])
     assert texts[0] == texts[1]
     train, held_out = texts[0]
     assert held_out == ["document 0", "document 32", "document 64"]
-    assert sorted([*train, *held_out]) == sorted(rows["body"][:70])
+    assert sorted([*train, *held_out]) == sorted(rows["body"])
+
+
+def words_of(count: int) -> list[str]:
+    """Documents of a few words to two hundred, some of them empty."""
+    return ["" if i % 10 == 7 else " ".join(f"word{i * j % 97}" for j in range(1 + i * 7 % 200)) for i in range(count)]
+
+
+def test_text_is_tokenised_once_and_again_where_text_tokenizer_or_vocabulary_changed(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = words_of(40)
+    _, arguments = script.parse(["recipe.yaml", "--output_dir", "x"])
+    tokenizers = [script.load_or_train_tokenizer(Path(f"of{n}"), texts[:n], 300 + n) for n in (20, 40)]
+
+    def tokens(texts: list[str], which: int, vocab_size: int = 400) -> Any:
+        documents = train_data.Dataset.from_dict({"text": texts})
+        return train_data.tokenise(arguments, documents, tokenizers[which], vocab_size, "read")
+
+    first = tokens(texts, 0)
+    assert not first.cached
+    documents = train_data.encode(tokenizers[0], train_data.not_empty(texts), 400)
+    ids = torch.tensor([*itertools.chain(*documents)], dtype=torch.int32)
+    assert first.lengths.tolist() == [len(ids) for ids in documents]
+    assert first.bytes == sum(map(len, texts))
+    assert_identical(first.ids[torch.arange(len(first.ids))], ids)
+    for changed in (tokens(texts[1:], 0), tokens(texts, 1), tokens(texts, 0, 401)):
+        assert not changed.cached
+    tokenizers[0](["a"], padding=True, truncation=True, max_length=4)  # a mark on the tokenizer
+    monkeypatch.setattr(train_data, "encode", None)
+    again = tokens(texts, 0)
+    assert again.cached
+    assert_identical(again.ids[torch.arange(99)], first.ids[torch.arange(99)])
+
+
+def test_ids_in_many_chunks_are_read_at_any_places() -> None:
+    parts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+    chunks = pyarrow.chunked_array([pyarrow.array([part], pyarrow.list_(pyarrow.int32())) for part in parts])
+    ids = train_data.MappedIds(chunks)
+    places = torch.tensor([9, 0, 3, 3, 5, 2])
+    assert len(ids) == 10
+    assert ids[places].tolist() == [10, 1, 4, 4, 6, 3]
+
+
+def test_a_stream_packs_every_document_in_turn_and_begins_anew_in_another_order(script: ModuleType) -> None:
+    texts = words_of(12)
+    tokenizer = script.load_or_train_tokenizer(Path("tokenizer"), texts, 320)
+    documents = train_data.Dataset.from_dict({"text": texts}).to_iterable_dataset()
+    rows = list(itertools.islice(train_data.Stream(documents, tokenizer, 320, 32, 0), 200))
+    ids, numbers = (torch.cat([row[name] for row in rows]) for name in ("input_ids", "seq_idx"))
+    read = [ids[numbers == number].tolist() for number in numbers.unique()[:-1]]
+    wanted = train_data.encode(tokenizer, train_data.not_empty(texts), 320)
+    count = len(wanted)
+    assert len(read) > 2 * count
+    assert sorted(read[:count]) == sorted(read[count : 2 * count]) == sorted(wanted)
+    assert read[:count] != read[count : 2 * count]
+    with pytest.raises(script.WrongInput, match="and the model knows 300"):
+        next(iter(train_data.Stream(documents, tokenizer, 300, 32, 0)))
+    inside = numbers[:-1] == numbers[1:]
+    assert_identical(torch.cat([row["shift_labels"] for row in rows])[:-1][inside], ids[1:][inside])
+    assert (torch.cat([row["labels"] for row in rows])[:-1][~inside] == -100).all()
+
+
+@pytest.fixture
+def stream(script: ModuleType, tmp_path: Path) -> Path:
+    """A recipe that streams rows of a file."""
+    texts = words_of(60)
+    train_data.Dataset.from_dict({"text": texts}).to_json("rows.jsonl")
+    script.load_or_train_tokenizer(Path("tokenizer"), texts, 320)
+    recipe = RECIPE.replace("text: [first.txt, second.txt]", "")
+    more = "streaming: true\nheld_out_documents: 5\ntokenizer: tokenizer\n"
+    (tmp_path / "recipe.yaml").write_text(recipe + more, "utf-8")
+    return tmp_path
+
+
+def test_a_stream_resumed_after_a_failure_ends_with_the_weights_of_an_undisturbed_one(
+    script: ModuleType, stream: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(script, "--text", "rows.jsonl", "--max_steps", "20")  # more than once through the documents
+    (stream / "run").rename(stream / "whole")
+    step = script.Run.training_step
+
+    def fail(self: Any, *args: Any) -> Any:
+        if self.state.global_step == 17:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(script.Run, "training_step", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(script, "--text", "rows.jsonl", "--max_steps", "20")
+    monkeypatch.undo()
+    monkeypatch.chdir(stream)
+    run(script, "--text", "rows.jsonl", "--max_steps", "20")
+    assert_identical(load_file("run/model.safetensors"), load_file("whole/model.safetensors"))
+    assert logged(stream / "run", "eval_nats") == logged(stream / "whole", "eval_nats")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--text", "rows.jsonl", "--max_steps", "-1"], "`--streaming` needs `--max_steps`"),
+        (["--text", "rows.jsonl", "--carry_state"], "which `--streaming` has not"),
+        (["--text", "rows.jsonl", "--text_column", "body"], "a column `body` is needed; got"),
+        (["--text", "first.txt"], "`--streaming` applies to a data set"),
+        (["--text", "rows.jsonl", "--held_out_documents", "60"], "The stream has no document with text beside"),
+        (["--text", "rows.jsonl", "--held_out_documents", "0"], "must be at least 1; got 0"),
+        (["--text", "rows.jsonl", "--model", "small.json"], "and the model knows 300"),
+        (["--streaming", "false", "--dataset", "nowhere"], "`--dataset` must name a data set, or a folder"),
+        (["--streaming", "false", "--text", "empty.jsonl"], "must leave some to train on; got 5 of 2"),
+        (["--text", "empty.jsonl"], "no document with text to be held out"),
+    ],
+)
+def test_streams_that_cannot_be_trained_on_are_refused_by_name(
+    words: list[str], message: str, script: ModuleType, stream: Path
+) -> None:
+    Path("small.json").write_text(json.dumps({**MODEL, "vocab_size": 300}), "utf-8")
+    Path("empty.jsonl").write_text('{"text": ""}\n{"text": " "}\n', "utf-8")
+    with pytest.raises(script.WrongInput, match=message):
+        run(script, *words)
+
+
+def test_what_save_to_disk_wrote_and_folders_of_files_are_data_sets(script: ModuleType, stream: Path) -> None:
+    whole = train_data.Dataset.from_dict({"text": [f"document {i}" for i in range(9)]})
+    whole.save_to_disk("saved")
+    Path("folder").mkdir()
+    whole.to_parquet("folder/rows.parquet")
+    for name, streaming in itertools.product(("saved", "folder"), ("true", "false")):
+        options = ["--dataset", name, "--streaming", streaming]
+        _, arguments = script.parse(["recipe.yaml", "--output_dir", "x", *options])
+        train, held_out, _ = train_data.open_source(arguments)
+        assert list(held_out["text"]) == [f"document {i}" for i in range(5)]
+        assert [row["text"] for row in train] == [f"document {i}" for i in range(5, 9)]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +11,16 @@ import sharded
 import torch
 import torch.distributed.checkpoint as dcp
 from carried import LENGTHS, documents, joined_states, result, trainer
-from checkout import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import STYLES, tiny_config, tiny_model, tokens
+from processes import launch_two
 from tolerances import FLOAT32, TRAINED, assert_identical, assert_same
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from modeling_xlstm import XLSTMForCausalLM
-from modeling_xlstm.training_xlstm import Segments, XLSTMTrainer, decayed_parameters
+from modeling_xlstm.training_xlstm import Segments, XLSTMTrainer, decayed_parameters, next_labels
 
 
 @given(
@@ -105,15 +102,6 @@ def test_four_micro_batches_of_one_lane_train_as_one_batch_of_four(tmp_path: Pat
         run.train()
         results.append(result(run))
     assert_same(*results, TRAINED)
-
-
-def launch_two(script: str, folder: Path) -> None:
-    """Run a script of the tests in two processes that talk over gloo."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    places = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    command = [*launch, str(ROOT / "tests" / script), str(folder)]
-    done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -257,6 +245,23 @@ def test_the_z_loss_is_the_mean_squared_log_normaliser_under_accumulation_too(
     assert_same(with_z.losses[0] - plain.losses[0], 0.5 * squares.mean(), FLOAT32)
 
 
+def test_the_z_loss_counts_the_tokens_that_the_loss_counts_in_packed_and_padded_rows(tmp_path: Path) -> None:
+    ids, document = tokens(2, 12), torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [1] * 3])
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, 9:], mask[1, :2] = 0, 0
+    inputs = {"input_ids": ids, "labels": ids, "seq_idx": document, "attention_mask": mask}
+    predicted = next_labels(inputs) != -100
+    # Of 9 and 10 real tokens two documents' last ones predict nothing.
+    assert predicted.sum(1).tolist() == [7, 8]
+    plain, with_z = (trainer(tmp_path, Segments(documents(LENGTHS), 4, 9, None), z_loss=z) for z in (0.0, 0.5))
+    model = with_z.model.train()
+    logits = model(**inputs).logits
+    loss, full = (run.compute_loss(model, dict(inputs)) for run in (plain, with_z))
+    targets = next_labels(inputs)[predicted]
+    assert_same(loss, torch.nn.functional.cross_entropy(logits[predicted], targets))
+    assert_same(full - loss, 0.5 * logits.logsumexp(-1)[predicted].square().mean(), FLOAT32)
+
+
 def test_columns_that_describe_packing_reach_the_model(tmp_path: Path) -> None:
     """Trainer drops columns that forward does not name: documents would then see each other."""
     ids, document = tokens(1, 12), torch.tensor([0] * 5 + [1] * 7)
@@ -272,4 +277,4 @@ def test_a_plain_trainer_keeps_the_columns_that_describe_packing(tmp_path: Path)
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     plain = Trainer(tiny_model(XLSTMForCausalLM), args=arguments)
     plain._set_signature_columns_if_needed()
-    assert {"seq_idx", "cu_seq_lens_q", "position_ids"} <= set(plain._signature_columns or ())
+    assert {"seq_idx", "cu_seq_lens_q", "position_ids", "shift_labels"} <= set(plain._signature_columns or ())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from inputs import STYLES, tiny_model, tokens
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tolerances import assert_identical, assert_same
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -60,6 +60,40 @@ def test_merged_adapters_give_the_same_logits_and_the_merged_model_loads_anywher
     merged.save_pretrained(tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", **load)
     assert_same(loaded.eval()(ids).logits, logits)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_tuned_prompt_lowers_the_loss_and_generates_from_the_cache_as_without(style: str) -> None:
+    options = PromptTuningConfig(num_virtual_tokens=5, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM")
+    learnt: Any = get_peft_model(tiny_model(XLSTMForCausalLM, style), options)
+    ids, mask = tokens(1, 9).repeat(3, 1), torch.ones(3, 9, dtype=torch.long)
+    mask[0, :2] = 0  # padding between the prompt and the text
+    (prompt,) = (x for x in learnt.parameters() if x.requires_grad)
+    optimizer, losses = torch.optim.Adam([prompt], 0.1), []
+    for _ in range(20):
+        loss = learnt(input_ids=ids, attention_mask=mask, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    learnt.eval()
+    inputs: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    inputs |= {"input_ids": ids[:, :4], "attention_mask": mask[:, :4]}
+    greedy = ids[:, :4]
+    for _ in range(4):
+        seen = nn.functional.pad(mask[:, :4], (0, greedy.shape[1] - 4), value=1)
+        greedy = torch.cat([greedy, learnt(input_ids=greedy, attention_mask=seen).logits[:, -1:].argmax(-1)], 1)
+    assert_identical(learnt.generate(**inputs), greedy)
+    assert_identical(learnt.generate(**inputs, use_cache=False), greedy)
+
+
+def test_prefix_tuning_is_refused_with_what_to_do_instead() -> None:
+    prefix: Any = get_peft_model(
+        tiny_model(XLSTMForCausalLM), PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    )
+    with pytest.raises(ValueError, match="Prefix tuning makes keys and values, which an xLSTM has not: tune a prompt"):
+        prefix(input_ids=tokens(1, 4))
 
 
 def tune(tuner: StateTuner, ids: torch.Tensor, steps: int) -> list[float]:

@@ -32,6 +32,9 @@ TOLERANCES = {
 # Weights and states after a dozen steps of Adam in float64, which makes rounding of whole steps out of that of tiny
 # gradients: largest error of four micro-batches against one batch, 1.9e-11.
 TRAINED = 1e-9
+# Logits of small models whose projections are kept in eight bits (largest error 1.4e-2) or in four (0.2).
+EIGHT_BITS = 5e-2
+FOUR_BITS = 0.5
 # Smaller scales count as this one: sums that cancel to zero keep the rounding of their terms.
 SCALE_FLOOR = 1e-3
 
@@ -54,6 +57,15 @@ KERNEL_OVER_TWIN = 2.0
 
 # Sample mean and standard deviation of an initialised parameter, in standard errors of a normal sample.
 STANDARD_ERRORS = 5.0
+
+# Memory that was estimated, relative to what was given out: what the estimate promises.
+FORETOLD = 0.15
+
+
+def assert_foretold(estimate: float, measured: float) -> None:
+    """Assert that an estimate is as near to what was measured as it promises."""
+    error = abs(estimate - measured) / measured
+    assert error <= FORETOLD, f"estimated {estimate:,.0f}, measured {measured:,.0f}: off by {100 * error:.1f} %"
 
 
 def assert_same(actual: Any, expected: Any, tolerance: float | None = None) -> None:

@@ -1,0 +1,54 @@
+"""scripts/plan.py: its numbers and its refusals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from checkout import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import plan
+
+MODEL = str(ROOT / "configuration" / "model" / "xlstm_laptop.json")
+
+
+def test_the_numbers_follow_from_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan.py", MODEL, "--batch", "2", "--block_size", "64", "--devices", "4", "--sharding", "zero2"]
+    words += ["--device", "NVIDIA A100-SXM4-80GB", "--mfu", "0.5", "--total_tokens", "1e9", "--memory", "0.001"]
+    monkeypatch.setattr(sys, "argv", [*words, "--json"])
+    plan.main()
+    numbers = json.loads(capsys.readouterr().out)
+    parts = numbers["memory"]
+    together = sum(parts[name] for name in ("weights", "gathered", "optimizer", "activations"))
+    assert abs(together - parts["peak"]) <= len(parts)
+    assert numbers["tokens_per_step"] == 2 * 64 * 4
+    assert not numbers["fits"]
+    speed = 4 * 312e12 * 0.5 / numbers["flops_per_token"]["training"]
+    assert (numbers["tokens_per_second"], numbers["seconds"]) == (speed, 1e9 / speed)
+    monkeypatch.setattr(sys, "argv", words)
+    plan.main()
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing.json"], "nothing.json is neither"),
+        ([MODEL, "--devices", "2"], "Several devices need a --sharding"),
+        ([MODEL, "--block_size", "8", "--device", "A10G"], "No peak is known of `--device A10G`"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_by_name(words: list[str], message: str) -> None:
+    with pytest.raises(plan.WrongInput, match=message):
+        plan.estimate(plan.parse(words))
+
+
+def test_a_checkpoint_is_planned_like_its_configuration(tmp_path: Path) -> None:
+    plan.open_config(Path(MODEL)).save_pretrained(tmp_path)
+    numbers = [plan.estimate(plan.parse([str(path), "--block_size", "32"])) for path in (MODEL, tmp_path)]
+    assert numbers[0] == numbers[1]
