@@ -1,7 +1,8 @@
 """The states between calls: one `XLSTMCacheLayer` per block, of fixed size whatever the number of tokens.
 
-This is the only module that writes in place, and what it replaces is the reference to a state, never a tensor's
-values: a state handed out, or taken from a forward pass with gradients, stays what it was.
+What is replaced here is the reference to a state, never a tensor's values: a state handed out, or taken from a forward
+pass with gradients, stays what it was. The decode loop steps states of its own in place; a cache that borrows them
+(`decoding_xlstm`) hands out copies.
 """
 
 from __future__ import annotations
@@ -16,27 +17,33 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from .configuration_xlstm import XLSTMConfig
 from .statefile_xlstm import check_same_model, fingerprint, read_states, write_states
-from .states_xlstm import LayerState, MLSTMState, SLSTMState, Tape
+from .states_xlstm import LayerState, MLSTMState, SLSTMState, Tape, tensors_of
 
 
 class XLSTMCacheLayer(LinearAttentionLayer):
     """The state of one block: cell tensors as `recurrent_states` 0, 1, ..., the conv window as `conv_states[0]`."""
 
-    # A compiled decode step would need static addresses; states are replaced here.
-    is_compileable = False
+    # `generate` may take a faster forward for its decoding steps: see `decoding_xlstm`.
+    is_compileable = True
 
     def __init__(self, block_type: str):
+        self.borrowed = False
         self.cell_type: type[MLSTMState | SLSTMState] = MLSTMState if block_type == "mlstm" else SLSTMState
         super().__init__(number_of_states=len(self.cell_type._fields))
 
     @property
-    def state(self) -> LayerState | None:
-        """The state to start the next call with; None before the first token."""
+    def held(self) -> LayerState | None:
+        """The tensors held, own or borrowed; None before the first token."""
         if self.recurrent_states[0] is None:
             return None
         self.prefetch()
         cell: Any = self.recurrent_states.values()
         return LayerState(self.cell_type(*cell), self.conv_states[0])
+
+    @property
+    def state(self) -> LayerState | None:
+        """The state to start the next call with, a copy of a borrowed one; None before the first token."""
+        return _map(self.held, Tensor.clone) if self.borrowed else self.held
 
     def store_(self, state: LayerState | None) -> None:
         """Replace the state; None forgets it."""
@@ -45,6 +52,7 @@ class XLSTMCacheLayer(LinearAttentionLayer):
         self.conv_states[0] = None if state is None else state.conv
         for i, tensor in self.recurrent_states.items():
             self.is_recurrent_states_initialized[i] = self.has_previous_state[i] = tensor is not None
+        self.borrowed = False
         self.is_conv_states_initialized[0] = self.conv_states[0] is not None
         if state is not None:
             self.device = state.cell.m.device  # type: ignore[assignment]
@@ -162,6 +170,7 @@ class XLSTMCache(Cache):
     """
 
     layers: list[XLSTMCacheLayer]  # type: ignore[assignment]
+    donates = False  # whether the model may write over the states while it reads them
 
     def __init__(self, config: XLSTMConfig):
         block_types = (config.block_types or [])[: config.num_hidden_layers]
@@ -192,6 +201,28 @@ class XLSTMCache(Cache):
             self._forget_()
             return
         _append(self._past, _Recording(tapes, tokens, real))
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether all states lie at the addresses of a decode loop, which steps them."""
+        return all(layer.borrowed for layer in self.layers)
+
+    def borrow_(self, states: Sequence[LayerState | None]) -> None:
+        """Take up states of the same values that someone else steps in place."""
+        for layer, state in zip(self.layers, states, strict=True):
+            layer.store_(state)
+            layer.borrowed = True
+
+    def settle_(self) -> None:
+        """Replace every borrowed state by a copy."""
+        for layer in self.layers:
+            if layer.borrowed:
+                layer.store_(layer.state)
+
+    def advance_(self, tokens: int) -> None:
+        """Count columns by which borrowed states were stepped; what was recorded before them is forgotten."""
+        self.tokens_seen += tokens
+        self._forget_()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Come back exactly to an earlier token.
@@ -238,7 +269,7 @@ class XLSTMCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows held, or -1 before the first token."""
-        state = self.layers[0].state
+        state = self.layers[0].held
         return -1 if state is None else state.cell.m.shape[0]
 
     def apply_(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -354,5 +385,4 @@ class XLSTMCache(Cache):
 
     def size_in_bytes(self) -> int:
         """Memory the states take; the same after one token and after a million."""
-        tensors = [x for s in self.states if s is not None for x in (*s.cell, s.conv) if x is not None]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        return sum(x.numel() * x.element_size() for x in tensors_of([layer.held for layer in self.layers]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .configuration_xlstm import XLSTMConfig
-from .ops_mlstm import mlstm
+from .ops_mlstm import mlstm, mlstm_step_
 from .ops_slstm import slstm
 from .states_xlstm import Call, CellInputs, LayerState, MLSTMState, SLSTMState
-
-
-def soft_cap(x: Tensor, cap: float | None) -> Tensor:
-    """Bound x smoothly to +-cap: cap * tanh(x / cap); None leaves it."""
-    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 class RMSNorm(nn.Module):
@@ -200,7 +195,10 @@ class FeedForward(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class CellOptions:
-    """What a cell needs beside its inputs; `recurrent` are the sLSTM's weights, `window` is 0 without convolution."""
+    """What a cell needs beside its inputs; `recurrent` are the sLSTM's weights, `window` is 0 without convolution.
+
+    `donated` allows an op to write over the state it is given.
+    """
 
     window: int
     state_dtype: torch.dtype
@@ -208,6 +206,8 @@ class CellOptions:
     backend: str
     chunk_size: int
     eps: float
+    gate_soft_cap: float | None
+    donated: bool = False
     recurrent: Tensor | None = None
 
     @classmethod
@@ -220,6 +220,7 @@ class CellOptions:
             backend=config.kernel_backend,
             chunk_size=config.chunk_size,
             eps=config.normalizer_eps,
+            gate_soft_cap=config.gate_soft_cap,
         )
 
     def scalar(self, x: Tensor) -> Tensor:
@@ -234,20 +235,12 @@ def run_mlstm(
     q, k, v, i_tilde, f_tilde, x, reset = inputs
     B, _, H, K = q.shape
     cell = MLSTMState.zeros(B, H, K, v.shape[-1], options.scalar(q)) if state is None else cast(MLSTMState, state.cell)
-    h, cell = mlstm(
-        q,
-        k,
-        v,
-        i_tilde,
-        f_tilde,
-        cell,
-        lengths=lengths,
-        reset=reset,
-        chunk_size=options.chunk_size,
-        eps=options.eps,
-        input_gate=options.input_gate,
-        backend=options.backend,
-    )
+    common: Any = {name: getattr(options, name) for name in ("eps", "input_gate", "gate_soft_cap", "backend")}
+    if options.donated and lengths is None and reset is None and q.shape[1] == 1:
+        h, cell = mlstm_step_(q, k, v, i_tilde, f_tilde, cell, **common)
+    else:
+        common |= {"lengths": lengths, "reset": reset, "chunk_size": options.chunk_size}
+        h, cell = mlstm(q, k, v, i_tilde, f_tilde, cell, **common)
     return h, LayerState(cell, last_inputs(x, state, options.window, lengths, reset))
 
 
@@ -275,12 +268,11 @@ def run_slstm(
 
 
 class MLSTMHeads(nn.Module):
-    """What both mLSTM layers share: the cell with its gates' caps and its head norm, [B, T, H, .] -> [B, T, H * V]."""
+    """What both mLSTM layers share: the cell and its head norm, [B, T, H, .] -> [B, T, H * V]."""
 
     def __init__(self, config: XLSTMConfig, window: int):
         super().__init__()
         self.num_heads = config.num_heads
-        self.gate_soft_cap = config.gate_soft_cap
         self.options = CellOptions.of(config, window)
         self.norm = HeadNorm(config.v_size, config.norm_eps, config.norm_bias, norm_offset(config))
 
@@ -293,9 +285,7 @@ class MLSTMHeads(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         # Counted, not `num_heads`: under tensor parallelism a process has some of the heads.
         heads = (x.unflatten(-1, (gates[0].shape[-1], -1)) for x in qkv)
-        joint = torch.cat(gates, -1)
-        capped = soft_cap(joint.float() if joint.element_size() < 4 else joint, self.gate_soft_cap).chunk(2, -1)
-        h, state = call.run(run_mlstm, (*heads, *capped, conv_inputs, call.reset), self.options)
+        h, state = call.run(run_mlstm, (*heads, *gates, conv_inputs, call.reset), self.options)
         return self.norm(h), state
 
 

@@ -20,7 +20,9 @@ from .blocks_xlstm import XLSTMBlock
 from .cache_xlstm import XLSTMCache
 from .configuration_xlstm import XLSTMConfig
 from .debug_xlstm import check_finite
-from .layers_xlstm import block_norm, soft_cap
+from .decoding_xlstm import DecodeLoop
+from .layers_xlstm import block_norm
+from .ops_common import soft_cap
 from .pretrained_xlstm import XLSTMPreTrainedModel
 from .states_xlstm import Call, LayerState
 from .step_xlstm import can_step, step
@@ -119,13 +121,13 @@ class XLSTMModel(XLSTMPreTrainedModel):
         self, layers: Any, x: Tensor, cache: XLSTMCache | None, layout: TokenLayout, hidden: list[Tensor] | None
     ) -> tuple[Tensor, list[LayerState]]:
         """Packed tokens [B, T, D] through all blocks; what each of them gets is appended to `hidden`."""
-        recording = cache is not None and cache.recording
+        recording, donated = (False, False) if cache is None else (cache.recording, cache.donates)
         states = []
         befores = [None] * len(layers) if cache is None else cache.states
         for i, (layer, before) in enumerate(zip(layers, befores, strict=True)):
             if hidden is not None:
                 hidden.append(layout.unpack(x))
-            y, state = layer(x, Call(before, layout.lengths, layout.reset, recording))
+            y, state = layer(x, Call(before, layout.lengths, layout.reset, recording, donated))
             if self.config.debug:
                 check_finite(f"layers.{i}", layer, x, y, before, state)
             x = y
@@ -225,6 +227,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         self.model = XLSTMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.decode_loop = DecodeLoop()
         self.post_init()
 
     @can_return_tuple
@@ -297,6 +300,15 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = XLSTMCache(self.config)
             if generation_config.is_assistant:  # its drafts will be taken back
                 model_kwargs["past_key_values"].activate_past_recording()
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """What `generate` decodes with where it may: steps in a CUDA graph, or compiled as it was told."""
+        return self.decode_loop.bind(self, compile_config)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """The mask as it is; Transformers would make one between pairs of tokens for a cache that can be compiled."""
+        return attention_mask
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,

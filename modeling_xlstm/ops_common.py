@@ -45,7 +45,7 @@ def bind_shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
                 f"`{name}` must be floating point on {leader[1]} as `{leader[0]}` is; got {tensor.dtype} on "
                 f"{tensor.device}. Use `.to()`, which an XLSTMCache has too."
             )
-        wanted = _letters(letters)
+        wanted = letters.split()
         if tensor.dim() != len(wanted):
             raise ValueError(f"`{name}` must be [{', '.join(wanted)}]; got shape {tuple(tensor.shape)}.")
         for letter, size in zip(wanted, tensor.shape, strict=True):
@@ -93,15 +93,17 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
 
 
-@functools.cache
-def _letters(spelling: str) -> tuple[str, ...]:
-    return tuple(spelling.split())
-
-
-def check_gates(input_gate: str) -> None:
-    """Raise ValueError unless the name is one that `log_gates` knows."""
+def check_gates(input_gate: str, gate_soft_cap: float | None = None) -> None:
+    """Raise ValueError unless the name is one that `log_gates` knows and the cap is above 0."""
+    if gate_soft_cap is not None and not gate_soft_cap > 0:
+        raise ValueError(f"`gate_soft_cap` must be above 0; got {gate_soft_cap}. Use None to leave the cap out.")
     if input_gate not in ("exp", "sigmoid", "exp_both"):
         raise ValueError(f"`input_gate` must be 'exp', 'sigmoid' or 'exp_both'; got {input_gate!r}.")
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """Bound x smoothly to +-cap: cap * tanh(x / cap); None leaves it."""
+    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 def log_gates(i_tilde: Tensor, f_tilde: Tensor, input_gate: str) -> tuple[Tensor, Tensor]:
@@ -170,20 +172,29 @@ def self_check(compare: Callable[[torch.device, torch.dtype], str], device: torc
     """The result of `compare`, computed when an op's kernels are first used on a device in a dtype.
 
     The interpreter on the CPU is no device to doubt, and nothing can be compared while a CUDA graph is captured or a
-    model is compiled: the calls before it, which either needs, have done it.
+    model is compiled: then the result is that of the calls before, which either needs.
     """
-    if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
         return ""
-    return _checked(compare, device, dtype)
+    key = f"{compare.__module__} {compare.__name__} {device} {dtype}"
+    if key not in _VERDICTS:
+        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            return ""
+        # A check takes gradients whatever the caller does without.
+        with torch.inference_mode(False), without_autocast(device):
+            _VERDICTS[key] = compare(device, dtype)
+    return _VERDICTS[key]
 
 
-@functools.cache
-def _checked(compare: Callable[[torch.device, torch.dtype], str], device: torch.device, dtype: torch.dtype) -> str:
-    return compare(device, dtype)
+_VERDICTS: dict[str, str] = {}
 
 
 def disagreement(
-    run: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], device: torch.device, differentiate: bool
+    run: Callable[..., tuple[Tensor, ...]],
+    inputs: list[Tensor],
+    device: torch.device,
+    differentiate: bool,
+    kernels: str = "Triton kernels",
 ) -> str:
     """Compare Triton's kernels with the reference on a device, in all results and gradients.
 
@@ -194,6 +205,7 @@ def disagreement(
         inputs: tensors in the dtype under test; the reference sees them in float64.
         device: where to compare.
         differentiate: whether to compare gradients too.
+        kernels: what the warning calls them.
 
     Returns:
         what: empty if they agree. Otherwise it was also given as a warning.
@@ -211,7 +223,7 @@ def disagreement(
         f"{importlib.metadata.version('triton')} and torch {torch.__version__} they disagree with the reference in "
         f"{inputs[0].dtype}: errors of outputs, states and gradients relative to scale {[f'{e:.1g}' for e in errors]}"
     )
-    warnings.warn(f"The Triton kernels of the xLSTM are not used: {what}. Please report it.", stacklevel=2)
+    warnings.warn(f"The {kernels} are not used: {what}. Please report it.", stacklevel=2)
     return what
 
 

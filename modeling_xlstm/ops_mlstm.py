@@ -15,6 +15,7 @@ from .ops_common import (
     disagreement,
     mark_tokens,
     self_check,
+    soft_cap,
     without_autocast,
 )
 from .ops_mlstm_reference import mlstm_chunkwise, mlstm_recurrent
@@ -35,6 +36,7 @@ def mlstm(
     chunk_size: int = 64,
     eps: float = 1e-6,
     input_gate: str = "exp",
+    gate_soft_cap: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MLSTMState]:
     """Run the mLSTM cell over T tokens (xLSTM paper, mLSTM forward pass, stabilised).
@@ -52,6 +54,7 @@ def mlstm(
         eps: added to the normaliser, dimensionless; 1e-6 in the published checkpoints.
         input_gate: 'exp' (paper), 'sigmoid' (bounded by 1; the stabiliser then stays at its start) or 'exp_both', where
             the forget gate is exponential too.
+        gate_soft_cap: bounds both pre-activations smoothly first, x -> cap * tanh(x / cap); None leaves them.
         backend: 'auto', 'triton', 'torch' or 'reference'; see docs/kernels.md.
 
     Returns:
@@ -59,30 +62,26 @@ def mlstm(
         state: state after the last real token, float32 or wider; the one passed in is not modified.
 
     Raises:
-        ValueError: shapes, devices or kinds of numbers disagree, T is 0, `chunk_size` is below 1, the backend or gate
-            is unknown, a `reset` meets 'exp_both', or the backend asked for cannot run on these tensors.
+        ValueError: shapes, devices or kinds of numbers disagree, T is 0, `chunk_size` is below 1, `gate_soft_cap` is
+            not above 0, the backend or gate is unknown, a `reset` meets 'exp_both', or the backend asked for cannot run
+            on these tensors.
     """
-    given = MLSTMState(None, None, None) if state is None else state  # type: ignore[arg-type]
-    size = bind_shapes(
-        q=(q, "B T H K"),
-        k=(k, "B T H K"),
-        v=(v, "B T H V"),
-        i_tilde=(i_tilde, "B T H"),
-        f_tilde=(f_tilde, "B T H"),
-        C=(given.C, "B H K V"),
-        n=(given.n, "B H K"),
-        m=(given.m, "B H"),
-    )
+    size = _bind(q, k, v, i_tilde, f_tilde, state)
     padded, reset = mark_tokens(size["T"], size["B"], lengths, reset, q.device)
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
-    check_gates(input_gate)
+    check_gates(input_gate, gate_soft_cap)
     if reset is not None and input_gate == "exp_both":
         raise ValueError(
             "`reset` needs a forget gate of at most 1; got input_gate='exp_both'. Run documents one by one."
         )
     variant = "" if input_gate != "exp_both" else "no kernel has input_gate='exp_both'"
     chosen = choose_backend(backend, q, lambda: variant or _triton_obstacle(q, k, v, state))
+    if gate_soft_cap is not None and (chosen != "triton" or padded is not None):
+        # Padding stands above every cap; without it the kernels do this themselves.
+        wide = torch.promote_types(i_tilde.dtype, torch.float32)
+        i_tilde, f_tilde = (soft_cap(x.to(wide), gate_soft_cap) for x in (i_tilde, f_tilde))
+        gate_soft_cap = None
     if padded is not None:
         # A padded token writes nothing and forgets nothing, so padding cannot reach the state.
         i_tilde = i_tilde.masked_fill(padded[..., None], -torch.inf)
@@ -93,9 +92,58 @@ def mlstm(
             step = mlstm_step_torch if chosen == "torch" else mlstm_recurrent
             h, state = step(q, k, v, i_tilde, f_tilde, state, **options)
         else:
+            options |= {"gate_soft_cap": gate_soft_cap} if chosen == "triton" else {}
             h, state = _worker(chosen)(q, k, v, i_tilde, f_tilde, state, chunk_size=chunk_size, **options)
     h = h.to(v.dtype)
     return h if padded is None else h.masked_fill(padded[..., None, None], 0.0), state
+
+
+def mlstm_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i_tilde: Tensor,
+    f_tilde: Tensor,
+    state: MLSTMState,
+    *,
+    eps: float,
+    input_gate: str,
+    gate_soft_cap: float | None,
+    backend: str,
+) -> tuple[Tensor, MLSTMState]:
+    """As `mlstm` for one real token, T = 1, that continues a document, but the state passed in may be written over.
+
+    Only the state returned counts; its C is the one passed in where the kernels run, which then read and write it once.
+    """
+    size = _bind(q, k, v, i_tilde, f_tilde, state)
+    options: dict[str, Any] = {"eps": eps, "input_gate": input_gate, "gate_soft_cap": gate_soft_cap}
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, i_tilde, f_tilde, *state))
+    kernels = size["T"] == 1 and input_gate != "exp_both" and not needs_grad
+    if kernels and choose_backend(backend, q, lambda: _triton_obstacle(q, k, v, state)) == "triton":
+        check_gates(input_gate, gate_soft_cap)
+        from .ops_mlstm_triton import mlstm_step_triton_
+
+        with without_autocast(q.device):
+            h, state = mlstm_step_triton_(q, k, v, i_tilde, f_tilde, state, **options)
+        return h.to(v.dtype), state
+    return mlstm(q, k, v, i_tilde, f_tilde, state, backend=backend, **options)
+
+
+def _bind(
+    q: Tensor, k: Tensor, v: Tensor, i_tilde: Tensor, f_tilde: Tensor, state: MLSTMState | None
+) -> dict[str, int]:
+    """Check every shape and return the size of each letter."""
+    given = MLSTMState(None, None, None) if state is None else state  # type: ignore[arg-type]
+    return bind_shapes(
+        q=(q, "B T H K"),
+        k=(k, "B T H K"),
+        v=(v, "B T H V"),
+        i_tilde=(i_tilde, "B T H"),
+        f_tilde=(f_tilde, "B T H"),
+        C=(given.C, "B H K V"),
+        n=(given.n, "B H K"),
+        m=(given.m, "B H"),
+    )
 
 
 def _worker(name: str) -> Callable[..., tuple[Tensor, MLSTMState]]:
@@ -123,10 +171,17 @@ def _compare(device: torch.device, dtype: torch.dtype) -> str:
 
     def run(worker: str, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         gates = i.squeeze(-1), f.squeeze(-1) + 2.0
-        options = {"chunk_size": 32, "eps": 1e-6, "input_gate": "exp"}
+        options: dict[str, Any] = {"chunk_size": 32, "eps": 1e-6, "input_gate": "exp"}
+        if worker == "triton":
+            options["gate_soft_cap"] = 4.0
+        else:
+            gates = soft_cap(gates[0], 4.0), soft_cap(gates[1], 4.0)
         h, after = _worker(worker)(q, k, v, *gates, MLSTMState(*state), **options)
         return h, *after
 
-    return disagreement(run, [x.to(dtype) for x in (*tokens, *state)], device, True) or disagreement(
-        run, [*(x[:, :1].to(dtype) for x in tokens), *(x.to(dtype) for x in state)], device, False
-    )
+    sequence, token = [*tokens, *state], [*(x[:, :1] for x in tokens), *state]
+    for inputs, differentiate in ((sequence, True), (token, False)):
+        given = [x.to(dtype) for x in inputs]
+        if what := disagreement(run, given, device, differentiate, "Triton kernels of the mLSTM"):
+            return what
+    return ""

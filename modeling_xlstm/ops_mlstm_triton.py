@@ -131,6 +131,18 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(x.stride(axis) for x in tensors for axis in (1, 2))
 
 
+class _GateRule(NamedTuple):
+    """What makes gates of pre-activations, as constants of the kernels.
+
+    Attributes:
+        SIGMOID: whether the input gate is bounded by 1.
+        CAP: soft cap of both pre-activations, 0 for none.
+    """
+
+    SIGMOID: bool
+    CAP: float
+
+
 class _Gates(NamedTuple):
     """What the gates come to; see `ops_mlstm_triton_fwd`.
 
@@ -148,13 +160,13 @@ class _Gates(NamedTuple):
 
 
 def _weigh_tokens(
-    i_tilde: Tensor, f_tilde: Tensor, document: Tensor | None, m: Tensor, size: _Sizes, sigmoid: bool
+    i_tilde: Tensor, f_tilde: Tensor, document: Tensor | None, m: Tensor, size: _Sizes, rule: _GateRule
 ) -> _Gates:
     a, M, m_all = (m.new_empty(size.B, size.H, size.T) for _ in range(3))
     m_in = m.new_empty(size.B, size.H, size.N + 1)
     _mlstm_chunkwise_fwd_gates_kernel[(size.B * size.H,)](
         i_tilde, f_tilde, a if document is None else document, m, a, M, m_all, m_in, size.T, size.N,
-        H=size.H, L=size.L, SIGMOID=sigmoid, RESET=document is not None,
+        H=size.H, L=size.L, **rule._asdict(), RESET=document is not None,
     )  # fmt: skip
     return _Gates(a, M, m_all, m_in)
 
@@ -182,10 +194,10 @@ class _MLSTM(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, i_tilde: Tensor, f_tilde: Tensor, C: Tensor, n: Tensor, m: Tensor,
-        document: Tensor | None, chunk_size: int, eps: float, sigmoid: bool,
+        document: Tensor | None, chunk_size: int, eps: float, rule: _GateRule,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         size = _Sizes.of(q, v, document, chunk_size)
-        gates = _weigh_tokens(i_tilde, f_tilde, document, m, size, sigmoid)
+        gates = _weigh_tokens(i_tilde, f_tilde, document, m, size, rule)
         documents = gates.a if document is None else document
         C_all, n_all, C_last, n_last = _states(k, v, gates, documents, C, n, size)
         h, qn = v.new_empty(v.shape), torch.empty_like(gates.a)
@@ -195,7 +207,7 @@ class _MLSTM(torch.autograd.Function):
             size.K**-0.5, eps, *_strides(q, k, v), **options,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, i_tilde, f_tilde, C, n, m, document, *gates, h, qn, C_last, n_last)
-        ctx.size, ctx.eps, ctx.sigmoid = size, eps, sigmoid
+        ctx.size, ctx.eps, ctx.rule = size, eps, rule
         ctx.set_materialize_grads(False)
         return h, C_last, n_last, gates.m_in[..., -1].clone()
 
@@ -227,7 +239,7 @@ class _MLSTM(torch.autograd.Function):
             i_tilde, f_tilde, documents, m, gates.m, qdq, kdk, dm_direct, overlap, ends[2], di, df, dm_0,
             size.T, size.N,
             H=size.H, L=size.L, PARTS=len(qdq), BLOCKS=overlap.shape[-1], BP=triton.next_power_of_2(overlap.shape[-1]),
-            SIGMOID=ctx.sigmoid, RESET=document is not None,
+            **ctx.rule._asdict(), RESET=document is not None,
         )  # fmt: skip
         dm_0 += (C * dC_0).sum((-2, -1)) + (n * dn_0).sum(-1)
         return dq, dk, dv, di, df, dC_0, dn_0, dm_0, None, None, None, None
@@ -280,22 +292,35 @@ def _token_gradients(
 
 def _step(
     q: Tensor, k: Tensor, v: Tensor, i_tilde: Tensor, f_tilde: Tensor, state: MLSTMState, reset: Tensor | None,
-    eps: float, sigmoid: bool,
+    eps: float, rule: _GateRule, over: bool = False,
 ) -> tuple[Tensor, MLSTMState]:  # fmt: skip
-    """One token, without gradients."""
+    """One token, without gradients; `over` writes C where it was, which no other program of the kernel reads."""
     B, _, H, K = q.shape
     V = v.shape[-1]
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    h, after = v.new_empty(v.shape), MLSTMState(*(torch.empty_like(x) for x in state))
+    C, n, m = state
+    h, after = v.new_empty(v.shape), MLSTMState(C if over else torch.empty_like(C), *map(torch.empty_like, (n, m)))
     BK = triton.next_power_of_2(K)
     # Small blocks of values fill the device at batch 1.
     BV = min(triton.next_power_of_2(V), 32 if BK <= 256 else 16)
     _mlstm_recurrent_fwd_step_kernel[(triton.cdiv(V, BV), B * H)](
         q, k, v, i_tilde, f_tilde, state.m if reset is None else reset.contiguous(), *state, h, *after, K**-0.5, eps,
         *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
-        H=H, K=K, V=V, BK=BK, BV=BV, SIGMOID=sigmoid, RESET=reset is not None, num_warps=4,
+        H=H, K=K, V=V, BK=BK, BV=BV, **rule._asdict(), RESET=reset is not None, num_warps=4,
     )  # fmt: skip
     return h, after
+
+
+def mlstm_step_triton_(
+    q: Tensor, k: Tensor, v: Tensor, i_tilde: Tensor, f_tilde: Tensor, state: MLSTMState, *,
+    eps: float, input_gate: str, gate_soft_cap: float | None,
+) -> tuple[Tensor, MLSTMState]:  # fmt: skip
+    """One token over the C of the state passed in, which is float32. Arguments and results as in `ops_mlstm`."""
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    C, n, m = (x.to(torch.float32).contiguous() for x in state)
+    rule = _GateRule(input_gate == "sigmoid", gate_soft_cap or 0.0)
+    tokens = *(x.to(dtype) for x in (q, k, v)), i_tilde.contiguous(), f_tilde.contiguous()
+    return _step(*tokens, MLSTMState(C, n, m), None, eps, rule, over=True)
 
 
 def mlstm_chunkwise_triton(
@@ -310,6 +335,7 @@ def mlstm_chunkwise_triton(
     chunk_size: int,
     eps: float,
     input_gate: str,
+    gate_soft_cap: float | None = None,
 ) -> tuple[Tensor, MLSTMState]:
     """Any number of tokens. Arguments and results as in `ops_mlstm.mlstm`; can be differentiated once.
 
@@ -323,10 +349,10 @@ def mlstm_chunkwise_triton(
     if state is None:
         state = MLSTMState.zeros(B, H, K, v.shape[-1], like)
     C, n, m = (x.to(torch.float32).contiguous() for x in state)
-    sigmoid = input_gate == "sigmoid"
+    rule = _GateRule(input_gate == "sigmoid", gate_soft_cap or 0.0)
     given = (q, k, v, i_tilde, f_tilde, C, n, m)
     if T == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
-        return _step(q, k, v, i_tilde, f_tilde, MLSTMState(C, n, m), reset, eps, sigmoid)
+        return _step(q, k, v, i_tilde, f_tilde, MLSTMState(C, n, m), reset, eps, rule)
     document = None if reset is None else reset.cumsum(1, dtype=torch.int32)
-    h, *after = _MLSTM.apply(*map(_dense, (q, k, v)), *given[3:], document, chunk_size, eps, sigmoid)
+    h, *after = _MLSTM.apply(*map(_dense, (q, k, v)), *given[3:], document, chunk_size, eps, rule)
     return h, MLSTMState(*after)

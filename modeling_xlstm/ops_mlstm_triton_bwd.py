@@ -18,6 +18,7 @@ from .ops_mlstm_triton_fwd import (
     log_sigmoid,
     product,
     rows_tile,
+    soft_cap,
     writes,
 )
 
@@ -285,11 +286,22 @@ def _mlstm_chunkwise_bwd_dv_kernel(
 
 
 @triton.jit
-def gates_at(i_tilde, f_tilde, document, m, m_first, t, T, H: tl.constexpr, SIGMOID: tl.constexpr, RESET: tl.constexpr):
-    """Pre-activations of tokens, whether a document begins with them, and whether the input gate set m there."""
+def cap_slope(y, CAP: tl.constexpr):
+    """The derivative of a soft cap where it gave y; 0 beyond it, where no token is."""
+    part = tl.minimum(tl.abs(y) / CAP, 1.0)
+    return 1.0 - part * part
+
+
+@triton.jit
+def gates_at(
+    i_tilde, f_tilde, document, m, m_first, t, T,
+    H: tl.constexpr, SIGMOID: tl.constexpr, CAP: tl.constexpr, RESET: tl.constexpr,
+):  # fmt: skip
+    """Capped pre-activations of tokens, whether a document begins with them, and whether the input gate set m there."""
     real = t < T
     i = tl.load(i_tilde + t.to(tl.int64) * H, mask=real, other=-float("inf")).to(tl.float32)
     f = tl.load(f_tilde + t.to(tl.int64) * H, mask=real, other=0.0).to(tl.float32)
+    i, f = tl.where(real, soft_cap(i, CAP), -float("inf")), soft_cap(f, CAP)
     begins = t < 0
     if RESET:
         own = tl.load(document + t, mask=real, other=0)
@@ -306,7 +318,7 @@ def gates_at(i_tilde, f_tilde, document, m, m_first, t, T, H: tl.constexpr, SIGM
 def _mlstm_chunkwise_bwd_gates_kernel(
     i_tilde, f_tilde, document, m_0, m, qdq, kdk, dm, overlap, dm_last, di, df, dm_0, T, N,
     H: tl.constexpr, L: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, BP: tl.constexpr,
-    SIGMOID: tl.constexpr, RESET: tl.constexpr,
+    SIGMOID: tl.constexpr, CAP: tl.constexpr, RESET: tl.constexpr,
 ):  # fmt: skip
     # grid: (B * H,). Writes the gradients of the gates, and what the first m is owed through later ones.
     row = tl.program_id(0).to(tl.int64)
@@ -332,14 +344,16 @@ def _mlstm_chunkwise_bwd_gates_kernel(
             at = (part * tl.num_programs(0) + row) * T + t
             own += tl.load(qdq + at, mask=real, other=0.0)
             other += tl.load(kdk + at, mask=real, other=0.0)
-        i, f, begins, by_i = gates_at(i_tilde, f_tilde, document, m, m_first, t, T, H, SIGMOID, RESET)
+        i, f, begins, by_i = gates_at(i_tilde, f_tilde, document, m, m_first, t, T, H, SIGMOID, CAP, RESET)
         # log f of token t decays all before it: x_t = (q dq - k dk)_t + x_{t + 1}, from the state after the chunk.
         open = tl.where(begins, 0.0, 1.0)
         kept, total = tl.associative_scan((open, open * (own - other)), 0, earlier_sum, reverse=True)
         in_state = tl.sum(tl.load(parts + tl.cast(c, tl.int64) * BLOCKS, mask=blocks < BLOCKS, other=0.0), 0)
         dlog_f = total + kept * in_state
         # m of token t is owed x_t = dm_t + x_{t + 1}, unless token t + 1 set its own m.
-        _, _, begins_next, by_i_next = gates_at(i_tilde, f_tilde, document, m, m_first, t + 1, T, H, SIGMOID, RESET)
+        _, _, begins_next, by_i_next = gates_at(
+            i_tilde, f_tilde, document, m, m_first, t + 1, T, H, SIGMOID, CAP, RESET
+        )
         open = tl.where(begins_next | by_i_next, 0.0, 1.0)
         direct = tl.load(dm + row * T + t, mask=real, other=0.0)
         kept, total = tl.associative_scan((open, direct), 0, earlier_sum, reverse=True)
@@ -353,6 +367,9 @@ def _mlstm_chunkwise_bwd_gates_kernel(
         else:
             dlog_i = dlog_i * tl.sigmoid(-i)
         df_t = dlog_f * tl.sigmoid(-f)
+        if CAP > 0:
+            dlog_i = dlog_i * cap_slope(i, CAP)
+            df_t = df_t * cap_slope(f, CAP)
         tl.store(di + gates + t.to(tl.int64) * H, dlog_i.to(di.dtype.element_ty), mask=real)
         tl.store(df + gates + t.to(tl.int64) * H, df_t.to(df.dtype.element_ty), mask=real)
     tl.store(dm_0 + row, before_first)

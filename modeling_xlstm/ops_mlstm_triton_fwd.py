@@ -28,6 +28,14 @@ def log_sigmoid(x):
 
 
 @triton.jit
+def soft_cap(x, CAP: tl.constexpr):
+    """CAP tanh(x / CAP), tanh by the sigmoid; a CAP of 0 leaves x."""
+    if CAP > 0:
+        x = CAP * (2.0 * tl.sigmoid(2.0 * x / CAP) - 1.0)
+    return x
+
+
+@triton.jit
 def later_maximum(decay, highest, decay_next, highest_next):
     """m -> max(decay + m, highest), two of them one after the other."""
     return decay + decay_next, tl.maximum(decay_next + highest, highest_next)
@@ -113,7 +121,7 @@ def decays(document, a_s, M_t, s, t, left, LATER_ROWS: tl.constexpr, RESET: tl.c
 @triton.jit(do_not_specialize=["T", "N"])
 def _mlstm_chunkwise_fwd_gates_kernel(
     i_tilde, f_tilde, document, m_0, a, M, m, m_in, T, N,
-    H: tl.constexpr, L: tl.constexpr, SIGMOID: tl.constexpr, RESET: tl.constexpr,
+    H: tl.constexpr, L: tl.constexpr, SIGMOID: tl.constexpr, CAP: tl.constexpr, RESET: tl.constexpr,
 ):  # fmt: skip
     # grid: (B * H,). Writes a, M, m of every token and the stabiliser before every chunk and after the last.
     row = tl.program_id(0).to(tl.int64)
@@ -128,6 +136,7 @@ def _mlstm_chunkwise_fwd_gates_kernel(
         real = t < T
         log_i = tl.load(i_tilde + gates + t.to(tl.int64) * H, mask=real, other=-float("inf")).to(tl.float32)
         f = tl.load(f_tilde + gates + t.to(tl.int64) * H, mask=real, other=0.0).to(tl.float32)
+        log_i, f = tl.where(real, soft_cap(log_i, CAP), -float("inf")), soft_cap(f, CAP)
         if SIGMOID:
             log_i = log_sigmoid(log_i)
         log_f = tl.where(real, log_sigmoid(f), 0.0)
@@ -268,7 +277,7 @@ def bound(m):
 def _mlstm_recurrent_fwd_step_kernel(
     q, k, v, i_tilde, f_tilde, reset, C, n, m, h, C_next, n_next, m_next, scale, eps, q_b, q_h, k_b, k_h, v_b, v_h,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SIGMOID: tl.constexpr,
-    RESET: tl.constexpr,
+    CAP: tl.constexpr, RESET: tl.constexpr,
 ):  # fmt: skip
     # grid: (cdiv(V, BV), B * H). Writes h and the state after one token: C is read once and written once.
     i_v, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -280,8 +289,8 @@ def _mlstm_recurrent_fwd_step_kernel(
     C_t = tl.load(C + matrix, mask=in_matrix, other=0.0)
     n_t = tl.load(n + row * K + of_k, mask=of_k < K, other=0.0)
     m_t = tl.load(m + row)
-    log_i = tl.load(i_tilde + row).to(tl.float32)
-    log_f = log_sigmoid(tl.load(f_tilde + row).to(tl.float32))
+    log_i = soft_cap(tl.load(i_tilde + row).to(tl.float32), CAP)
+    log_f = log_sigmoid(soft_cap(tl.load(f_tilde + row).to(tl.float32), CAP))
     k_tile = tl.load(k + batch * k_b + head * k_h + of_k, mask=of_k < K, other=0.0).to(tl.float32) * scale
     q_tile = tl.load(q + batch * q_b + head * q_h + of_k, mask=of_k < K, other=0.0).to(tl.float32)
     v_tile = tl.load(v + batch * v_b + head * v_h + of_v, mask=of_v < V, other=0.0).to(tl.float32)

@@ -21,6 +21,8 @@ from .ops_slstm_reference import slstm_recurrent
 from .ops_slstm_torch import slstm_recurrent_torch, slstm_step_torch
 from .states_xlstm import SLSTMState
 
+PATIENCE = 2**18  # looks of a program in the self-check at what the others have counted: a fraction of a second
+
 
 def slstm(
     i_tilde: Tensor,
@@ -87,6 +89,8 @@ def slstm(
         worker = _worker(chosen)
         options["lengths"] = lengths
     options |= {"output_tanh": True} if output_tanh else {}
+    if chosen == "triton":
+        options["together"] = _may_wait(i_tilde.device, i_tilde.dtype)
     with without_autocast(i_tilde.device):
         h, state = worker(i_tilde, f_tilde, z_tilde, o_tilde, recurrent, state, **options)
     h = h.to(i_tilde.dtype)
@@ -109,20 +113,42 @@ def _triton_obstacle(x: Tensor, recurrent: Tensor, state: SLSTMState | None) -> 
     return slstm_sizes_obstacle(x, recurrent, state) or self_check(_compare, x.device, x.dtype)
 
 
+def _may_wait(device: torch.device, dtype: torch.dtype) -> Any:
+    """Whether the programs of a wide head may wait for each other inside a launch; else they take a launch a token."""
+    from .ops_slstm_triton import Together
+
+    return Together(not self_check(_compare_together, device, dtype))
+
+
 def _compare(device: torch.device, dtype: torch.dtype) -> str:
     """How the kernels disagree with the reference: heads of one program, of several, one token; empty if they agree."""
+    return _disagreement(device, dtype, False, ((9, 32, True), (3, 144, True), (1, 32, False)))
+
+
+def _compare_together(device: torch.device, dtype: torch.dtype) -> str:
+    """The same for programs that wait for each other; here they give up after a while."""
+    return _disagreement(device, dtype, True, ((33, 192, True), (5, 512, True)))
+
+
+def _disagreement(
+    device: torch.device, dtype: torch.dtype, together: bool, shapes: tuple[tuple[int, int, bool], ...]
+) -> str:
+    from .ops_slstm_triton import Together
+
     random = torch.Generator().manual_seed(0)
 
     def run(worker: str, x: Tensor, R: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        options = {"lengths": None, "reset": None, "input_gate": "exp"}
+        options: dict[str, Any] = {"lengths": None, "reset": None, "input_gate": "exp"}
+        options |= {"together": Together(together, PATIENCE)} if worker == "triton" else {}
         h, after = _worker(worker)(*x.unbind(2), R, SLSTMState(*state), **options)
         return h, *after
 
-    for T, P, differentiate in ((9, 32, True), (3, 144, True), (1, 32, False)):
+    kernels = "cooperative Triton kernels of the sLSTM" if together else "Triton kernels of the sLSTM"
+    for T, P, differentiate in shapes:
         x = torch.randn(2, T, 4, 1, P, generator=random)
         R = torch.randn(4, 1, P, P, generator=random) * P**-0.5
         c, n, m, h = torch.randn(4, 2, 1, P, generator=random)
         inputs = [y.to(dtype) for y in (x, R, c, 1 + n.abs(), m, h)]
-        if what := disagreement(run, inputs, device, differentiate):
+        if what := disagreement(run, inputs, device, differentiate, kernels):
             return what
     return ""

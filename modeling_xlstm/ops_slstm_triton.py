@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +12,9 @@ from torch.autograd.function import once_differentiable
 from .ops_common import is_small
 from .ops_slstm_triton_kernels import (
     _slstm_recurrent_bwd_kernel,
-    _slstm_recurrent_bwd_step_kernel,
+    _slstm_recurrent_bwd_slices_kernel,
     _slstm_recurrent_fwd_kernel,
-    _slstm_recurrent_fwd_step_kernel,
+    _slstm_recurrent_fwd_slices_kernel,
 )
 from .states_xlstm import SLSTMState
 
@@ -24,6 +25,7 @@ except ImportError as error:
     raise ImportError("The Triton kernels need the package `triton`; `backend='auto'` does without it.") from error
 
 LARGEST_P = 512
+HELD_BYTES = 136 * 1024  # of the recurrent weights that a program of several keeps on the chip
 
 
 def slstm_sizes_obstacle(x: Tensor, recurrent: Tensor, state: SLSTMState | None) -> str:
@@ -37,12 +39,32 @@ def slstm_sizes_obstacle(x: Tensor, recurrent: Tensor, state: SLSTMState | None)
     return ""
 
 
+@functools.cache
+def programs_at_once(device: torch.device) -> int:
+    """Programs of any size that run at the same time, one on each multiprocessor; 0 where none may wait for another."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Together(NamedTuple):
+    """Whether programs may wait for each other inside a launch, and for how many looks: -1 for as long as it takes."""
+
+    allowed: bool = True
+    patience: int = -1
+
+
+TOGETHER = Together()
+
+
 class _Sizes(NamedTuple):
     """Sizes of one call.
 
     Attributes:
         B, T, H, P: as everywhere.
         whole: whether one program holds a head's recurrent weights and runs the whole sequence.
+        stride: tokens of one launch where programs share a head: all if they may wait for each other, else one.
+        patience: see `Together`.
         options: what every kernel takes.
     """
 
@@ -51,10 +73,14 @@ class _Sizes(NamedTuple):
     H: int
     P: int
     whole: bool
+    stride: int
+    patience: int
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, x: Tensor, R: Tensor, lengths: Tensor | None, reset: Tensor | None, sigmoid: bool) -> _Sizes:
+    def of(
+        cls, x: Tensor, R: Tensor, marks: tuple[Tensor | None, Tensor | None], sigmoid: bool, together: Together
+    ) -> _Sizes:
         """The sizes of a call; nothing that is compiled depends on B or T."""
         B, T, H, P = x.shape
         half = x.dtype == R.dtype == torch.bfloat16
@@ -65,8 +91,8 @@ class _Sizes(NamedTuple):
             "P": P,
             "BB": 16,
             "SIGMOID": sigmoid,
-            "PADDED": lengths is not None,
-            "RESET": reset is not None,
+            "PADDED": marks[0] is not None,
+            "RESET": marks[1] is not None,
             # As in the mLSTM's kernels: float16 products run in TensorFloat-32, which has their digits and more range.
             "DOT": tl.bfloat16 if half else tl.float32,
             "PRECISION": "tf32" if x.dtype == torch.float16 else "ieee" if torch.version.hip else "tf32x3",
@@ -74,15 +100,41 @@ class _Sizes(NamedTuple):
         if whole:
             # One stage: what tokens are read ahead must not take the weights' place.
             options |= {"BP": triton.next_power_of_2(P), "num_stages": 1, "num_warps": 8 if P > 64 or not half else 4}
+            return cls(B, T, H, P, True, T, -1, options)
+        held = _held(P, 2 if half else 4, is_small(x.device))
+        at_once = H * triton.cdiv(P, held["BU"]) * triton.cdiv(B, options["BB"])
+        if T > 1 and together.allowed and at_once <= programs_at_once(x.device):
+            options |= {**held, "HELD": True, "launch_cooperative_grid": True}
+            return cls(B, T, H, P, False, T, together.patience, options)
+        # The interpreter runs the same code, but one program after the other.
+        if T > 1 and together.allowed and x.device.type == "cpu":
+            options |= {**held, "HELD": True}
         else:
-            options |= {"BP": min(triton.next_power_of_2(P), 64), "BU": min(triton.next_power_of_2(P), 32)}
-        return cls(B, T, H, P, whole, options)
+            options |= {
+                "BP": min(triton.next_power_of_2(P), 64),
+                "BU": min(triton.next_power_of_2(P), 32),
+                "HELD": False,
+            }
+        return cls(B, T, H, P, False, 1, -1, options)
+
+    def flags(self, like: Tensor) -> Tensor:
+        """What programs count tokens in, zero at the start of a launch; one number if they do not."""
+        count = self.H * triton.cdiv(self.B, self.options["BB"]) if self.options["HELD"] else 1
+        return torch.zeros(count, dtype=torch.int32, device=like.device)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Heads, or blocks of their channels, times tiles of rows."""
         blocks = 1 if self.whole else triton.cdiv(self.P, self.options["BU"])
         return self.H * blocks, triton.cdiv(self.B, self.options["BB"])
+
+
+def _held(P: int, size: int, small: bool) -> dict[str, Any]:
+    """Options of the programs that share a head and keep their slices of its weights, of `size` bytes a number."""
+    BP = 64 if P <= 256 else 128
+    budget = HELD_BYTES // (2 if small else 1)
+    width = next(BU for BU in (64, 32, 16) if BU == 16 or 4 * triton.cdiv(P, BP) * BP * BU * size <= budget)
+    return {"BP": BP, "BU": width, "num_stages": 1, "num_warps": 8}
 
 
 def _forward(
@@ -112,10 +164,27 @@ def _forward(
             *x, R, *state, *marks, h, *saved, *after, size.B, size.T, SAVE=save, **size.options
         )
         return h, saved, after
-    other = tuple(torch.empty_like(s) for s in state) if size.T > 1 else after
-    for t in range(size.T):
-        _slstm_recurrent_fwd_step_kernel[size.grid](
-            *x, R, *state, *marks, h, *saved, *after, size.B, size.T, t, SAVE=save, **size.options
+    first_h = state[3]
+    other = tuple(torch.empty_like(s) for s in state) if size.stride < size.T else after
+    for t in range(0, size.T, size.stride):
+        # Of h the first state's is read, and then what is in `h`, where weights are held.
+        before = (*state[:3], first_h) if size.options["HELD"] else state
+        _slstm_recurrent_fwd_slices_kernel[size.grid](
+            *x,
+            R,
+            *before,
+            *marks,
+            h,
+            *saved,
+            *after,
+            size.flags(h),
+            size.B,
+            size.T,
+            t,
+            t + size.stride,
+            size.patience,
+            SAVE=save,
+            **size.options,
         )
         # The state given is never written to: the two new ones take turns.
         state, after = after, other if t == 0 else state
@@ -128,9 +197,8 @@ class _SLSTM(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_i: Tensor, x_f: Tensor, x_z: Tensor, x_o: Tensor, R: Tensor, c: Tensor, n: Tensor, m: Tensor,
-        h: Tensor, lengths: Tensor | None, reset: Tensor | None, sigmoid: bool,
+        h: Tensor, lengths: Tensor | None, reset: Tensor | None, size: _Sizes,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        size = _Sizes.of(x_i, R, lengths, reset, sigmoid)
         marks = (c if lengths is None else lengths, c if reset is None else reset)
         h_all, saved, after = _forward((x_i, x_f, x_z, x_o), R, (c, n, m, h), marks, size, True)
         ctx.save_for_backward(R, c, n, m, h, *marks, h_all, *saved, *after[:2])
@@ -170,10 +238,12 @@ def _backward(
         )
         return dgates, d_first
     d_first = (*(d.clone() for d in ends[:3]), torch.empty_like(ends[3]))
-    for t in range(size.T - 1, -2, -1):
-        _slstm_recurrent_bwd_step_kernel[size.grid](
-            dh_all, R, *marks, *saved, *first, *d_first[:3], ends[3], dgates, d_first[3], size.B, size.T, t,
-            **size.options,
+    # Down to token -1, before the first: there dh alone is wanted.
+    launches = [(size.T - 1, size.T + 1)] if size.stride == size.T > 1 else [(t, 1) for t in range(size.T - 1, -2, -1)]
+    for newest, count in launches:
+        _slstm_recurrent_bwd_slices_kernel[size.grid](
+            dh_all, R, *marks, *saved, *first, *d_first[:3], ends[3], dgates, d_first[3], size.flags(dh_all), size.B,
+            size.T, newest, count, size.patience, **size.options,
         )  # fmt: skip
     return dgates, d_first
 
@@ -189,6 +259,7 @@ def slstm_recurrent_triton(
     lengths: Tensor | None,
     reset: Tensor | None,
     input_gate: str,
+    together: Together = TOGETHER,
 ) -> tuple[Tensor, SLSTMState]:
     """All tokens of a sequence. Arguments and results as in `ops_slstm.slstm`; can be differentiated once."""
     B, T, H, P = i_tilde.shape
@@ -202,11 +273,10 @@ def slstm_recurrent_triton(
     R = recurrent.contiguous()
     lengths = None if lengths is None else lengths.to(x[0].device, torch.int32).clamp(max=T)
     reset = None if reset is None else reset.contiguous()
-    sigmoid = input_gate == "sigmoid"
+    size = _Sizes.of(x[0], R, (lengths, reset), input_gate == "sigmoid", together)
     if torch.is_grad_enabled() and any(y.requires_grad for y in (*x, R, *first)):
-        h, *after = _SLSTM.apply(*x, R, *first, lengths, reset, sigmoid)
+        h, *after = _SLSTM.apply(*x, R, *first, lengths, reset, size)
     else:
-        size = _Sizes.of(x[0], R, lengths, reset, sigmoid)
         marks = (first[0] if lengths is None else lengths, first[0] if reset is None else reset)
         h, _, after = _forward(x, R, first, marks, size, False)
     return h, SLSTMState(*after)

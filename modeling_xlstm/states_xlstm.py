@@ -6,7 +6,8 @@ one after its last real token; no function modifies the state it was given. The 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,11 @@ class LayerState(NamedTuple):
     tape: Tape | None = None
 
 
+def tensors_of(states: Sequence[LayerState | None]) -> list[Tensor]:
+    """Every tensor of the states of some layers, in one order."""
+    return [x for state in states if state is not None for x in (*state.cell, state.conv) if x is not None]
+
+
 CellInputs = tuple[Any, ...]  # tensors [B, T, ...], or None where a layer has no such input
 CellRun = Callable[[LayerState | None, CellInputs, Tensor | None, Any], tuple[Tensor, LayerState]]
 
@@ -109,15 +115,19 @@ class Call(NamedTuple):
         lengths: number of real tokens of each row, which come first, [B]; None if all are real.
         reset: True at the first token of a new document, [B, T]; None if none begins.
         record: whether to return a tape with the state.
+        donated: whether the next state may be written over the one before, of which only the one returned counts then.
     """
 
     state: LayerState | None = None
     lengths: Tensor | None = None
     reset: Tensor | None = None
     record: bool = False
+    donated: bool = False
 
     def run(self, cell: CellRun, inputs: CellInputs, options: Any) -> tuple[Tensor, LayerState]:
         """Run a cell from the state of this call."""
+        if self.donated:
+            options = dataclasses.replace(options, donated=True)
         h, state = cell(self.state, inputs, self.lengths, options)
         return h, state._replace(tape=Tape(cell, self.state, inputs, options)) if self.record else state
 

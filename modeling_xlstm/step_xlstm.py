@@ -27,8 +27,8 @@ from .layers_xlstm import (
     RMSNorm,
     SLSTMLayer,
     UpMLSTMLayer,
-    soft_cap,
 )
+from .ops_common import soft_cap
 from .ops_mlstm_torch import mlstm_step_torch
 from .ops_slstm_torch import slstm_step_torch
 from .states_xlstm import LayerState, MLSTMState, SLSTMState
@@ -140,7 +140,7 @@ def _mlstm(
     """The cell and its head norm over q, k, v [B, .] and the gates [B, H]: [B, H * V] and the state after."""
     B, H, dtype = qkv[0].shape[0], cell.num_heads, qkv[2].dtype
     joint = torch.cat(gates, 1)
-    joint = soft_cap(joint.float() if joint.element_size() < 4 else joint, cell.gate_soft_cap)
+    joint = soft_cap(joint.float() if joint.element_size() < 4 else joint, cell.options.gate_soft_cap)
     q, k, v = (x.view(B, 1, H, -1) for x in qkv)
     i_tilde, f_tilde = joint.view(B, 1, 2, H).unbind(2)
     options = cell.options

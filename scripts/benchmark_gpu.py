@@ -34,20 +34,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from modeling_xlstm import MLSTMState, SLSTMState, XLSTMConfig, XLSTMForCausalLM, mlstm, slstm
+from modeling_xlstm import MLSTMState, SLSTMState, XLSTMCache, XLSTMConfig, XLSTMForCausalLM, mlstm, slstm
+from modeling_xlstm.ops_mlstm import mlstm_step_
 
 Run = Callable[[], Any]
 Result = dict[str, Any]
 OVER_TWIN = 2.0  # KERNEL_OVER_TWIN of tests/tolerances.py
 FLOAT32 = 1e-4  # as there: rounding of float32, which a twin in float32 draws as well as the kernel
 TINY: Result = {
+    "slstm checks": [16],
     "mlstm": [{"B": 1, "H": 2, "T": 37, "K": 16, "V": 32}],
     "slstm": [{"B": 2, "H": 1, "T": 4, "P": 16}, {"B": 2, "H": 1, "T": 2, "P": 80}],
     "step": [1],
-    "model": {"large": {"hidden_size": 128, "num_hidden_layers": 1, "num_heads": 2, "vocab_size": 61}},
+    "model": {
+        style: {"hidden_size": 128, "num_hidden_layers": 1, "num_heads": 2, "vocab_size": 61}
+        for style in ("large", "neurips")
+    },
     "tokens": {"B": 1, "T": 64, "new": 2},
 }
 FULL: Result = {
+    "slstm checks": [64, 128, 192, 256, 384, 512],
     "mlstm": [{"B": 8, "H": 8, "T": 8192, "K": 256, "V": 512}, {"B": 8, "H": 16, "T": 8192, "K": 128, "V": 256}],
     "slstm": [{"B": 16, "H": 12, "T": 1024, "P": 64}, *({"B": 16, "H": 4, "T": 1024, "P": P} for P in (128, 256, 512))],
     "step": [1, 8, 64],
@@ -110,21 +116,24 @@ class Bench:
             return f"{type(error).__name__}: {str(error)[:200]}"
 
 
-def results(run: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
+def results(run: Callable[..., Any], inputs: list[Tensor], differentiate: bool) -> list[Tensor]:
     """Outputs, states and the gradients of a loss that weighs each entry differently."""
-    xs = [x.detach().requires_grad_() for x in inputs]
-    h, state = run(*xs)
+    xs = [x.detach().clone().requires_grad_(differentiate) for x in inputs]
+    with torch.set_grad_enabled(differentiate):
+        h, state = run(*xs)
     seen = [h, *state]
+    if not differentiate:
+        return seen
     weights = [torch.linspace(-1, 1, y.numel(), device=y.device, dtype=y.dtype).view_as(y) for y in seen]
     return [*seen, *torch.autograd.grad(seen, xs, weights)]
 
 
-def over_twin(run: Callable[..., Any], inputs: list[Tensor], dtype: torch.dtype) -> Result:
+def over_twin(run: Callable[..., Any], inputs: list[Tensor], dtype: torch.dtype, differentiate: bool = True) -> Result:
     """Errors of a kernel and its twin against float64, relative to scale, and the largest ratio that counts."""
-    got = results(lambda *xs: run("triton", *xs), inputs)
-    wanted = results(lambda *xs: run("reference", *xs), [x.double() for x in inputs])
+    got = results(lambda *xs: run("triton", *xs), inputs, differentiate)
+    wanted = results(lambda *xs: run("reference", *xs), [x.double() for x in inputs], differentiate)
     with Rounded(dtype):
-        twin = results(lambda *xs: run("reference", *xs), [x.float() for x in inputs])
+        twin = results(lambda *xs: run("reference", *xs), [x.float() for x in inputs], differentiate)
 
     def error(x: Tensor, y: Tensor) -> float:
         return ((x.double() - y).square().mean().sqrt() / y.square().mean().sqrt().clamp(min=1e-30)).item()
@@ -136,20 +145,25 @@ def over_twin(run: Callable[..., Any], inputs: list[Tensor], dtype: torch.dtype)
 
 
 def check_mlstm(bench: Bench, **options: Any) -> Result:
-    T, K, V = (300, 256, 512) if bench.cuda else (21, 16, 32)
+    T, K, V = (options.pop("T", 300), 256, 512) if bench.cuda else (min(options.pop("T", 21), 21), 16, 32)
+    step = T == 1
     inputs = [bench.draw(1, T, 2, size) for size in (K, K, V)]
     inputs += [bench.draw(1, T, 2, dtype=torch.float32, scale=3.0) for _ in range(2)]
     inputs += [bench.draw(1, 2, *size, dtype=torch.float32) for size in ((K, V), (K,), ())]
     reset = torch.rand(1, T, device=bench.device) < 0.02 if options.pop("packed", False) else None
 
     def run(backend: str, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *state: Tensor) -> Any:
+        if step and backend == "triton":
+            fixed = {"eps": 1e-6, "input_gate": "exp", "gate_soft_cap": None, **options}
+            return mlstm_step_(q, k, v, i, f, MLSTMState(*state), backend=backend, **fixed)
         return mlstm(q, k, v, i, f, MLSTMState(*state), reset=reset, backend=backend, **options)
 
-    return over_twin(run, inputs, bench.dtype)
+    return over_twin(run, inputs, bench.dtype, differentiate=not step)
 
 
-def check_slstm(bench: Bench, P: int, packed: bool = False) -> Result:
-    T, B = (40, 5) if bench.cuda else (3, 2)
+def check_slstm(bench: Bench, P: int, packed: bool = False, T: int = 40, B: int = 5) -> Result:
+    """Heads above P = 128 in programs that wait for each other, unless there are more rows than these can hold."""
+    T, B = (T, B) if bench.cuda else (min(T, 3), 2)
     inputs = [bench.draw(B, T, 2, P) for _ in range(4)] + [bench.draw(4, 2, P, P, scale=P**-0.5)]
     state = [bench.draw(B, 2, P, dtype=torch.float32) for _ in range(4)]
     state[1] = 1 + state[1].detach().abs()
@@ -158,7 +172,28 @@ def check_slstm(bench: Bench, P: int, packed: bool = False) -> Result:
     def run(backend: str, i: Tensor, f: Tensor, z: Tensor, o: Tensor, R: Tensor, *state: Tensor) -> Any:
         return slstm(i, f, z, o, R, SLSTMState(*state), reset=reset, backend=backend)
 
-    return over_twin(run, [*inputs, *state], bench.dtype)
+    return over_twin(run, [*inputs, *state], bench.dtype, differentiate=T > 1)
+
+
+@torch.no_grad()
+def check_decoding(bench: Bench, style: str) -> Result:
+    """The decode loop against steps launched one by one: the same kernels, so the same logits."""
+    fields: Result = {"hidden_size": 1024, "num_hidden_layers": 4, "vocab_size": 512} if bench.cuda else {}
+    fields = fields or {"hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 61}
+    config = XLSTMConfig(block_style=style, num_heads=4, slstm_at=[1], kernel_backend="triton", **fields)
+    model: Any = XLSTMForCausalLM(config)
+    model = model.to(bench.device, bench.dtype).eval()
+    if not bench.cuda:
+        model.decode_loop.capture = lambda step, model: step
+    caches = [XLSTMCache(config), XLSTMCache(config)]
+    loop, worst = model.get_compiled_call(None), 0.0
+    ids = torch.randint(3, config.vocab_size, (3, 17 if bench.cuda else 3), device=bench.device)
+    for _ in range(12 if bench.cuda else 3):
+        fast, plain = (f(input_ids=ids, past_key_values=c).logits for f, c in zip((loop, model), caches, strict=True))
+        worst = max(worst, ((fast - plain).abs().max() / plain.abs().max()).item())
+        ids = plain[:, -1:].argmax(-1)
+    recorded = [step is not None for step in model.decode_loop.steps.values()]
+    return {"passes": recorded == [True] and worst <= FLOAT32, "error": worst, "recorded": recorded}
 
 
 def checks(bench: Bench) -> Result:
@@ -167,8 +202,14 @@ def checks(bench: Bench) -> Result:
         "mlstm": lambda: check_mlstm(bench),
         "mlstm packed, chunk 256": lambda: check_mlstm(bench, packed=True, chunk_size=256 if bench.cuda else 16),
         "mlstm sigmoid": lambda: check_mlstm(bench, input_gate="sigmoid"),
-        **{f"slstm {P}": lambda P=P: check_slstm(bench, P) for P in ((64, 128, 256, 512) if bench.cuda else (16,))},  # type: ignore[misc]
+        "mlstm soft cap": lambda: check_mlstm(bench, gate_soft_cap=15.0),
+        "mlstm step": lambda: check_mlstm(bench, T=1, gate_soft_cap=15.0),
+        **{f"slstm {P}": lambda P=P: check_slstm(bench, P) for P in bench.sizes["slstm checks"]},  # type: ignore[misc]
+        "slstm 256, many rows": lambda: check_slstm(bench, 256 if bench.cuda else 80, B=600),
+        "slstm step": lambda: check_slstm(bench, 256 if bench.cuda else 16, T=1),
         "slstm packed": lambda: check_slstm(bench, 16, packed=True),
+        "slstm 192 packed": lambda: check_slstm(bench, 192 if bench.cuda else 16, packed=True),
+        **{f"decoding {style}": lambda style=style: check_decoding(bench, style) for style in ("large", "neurips")},  # type: ignore[misc]
     }
     return {name: run() for name, run in tqdm(cases.items(), desc="Checks")}
 
@@ -229,21 +270,33 @@ def time_peers(bench: Bench, inputs: tuple[Tensor, ...], both: Callable[..., Run
     return found
 
 
+@torch.no_grad()
 def time_step(bench: Bench, B: int) -> Result:
-    """One token of the 7B model's mLSTM, launched from Python and replayed from a CUDA graph."""
+    """One token of the 7B model's mLSTM over its state, launched from Python and replayed from a CUDA graph."""
     H, K, V = (8, 256, 512) if bench.cuda else (1, 16, 16)
     xs: Any = [bench.draw(B, 1, H, size, grad=False) for size in (K, K, V)]
     xs += [bench.draw(B, 1, H, dtype=torch.float32, grad=False) for _ in range(2)]
     state = MLSTMState(*(torch.zeros(s, device=bench.device) for s in ((B, H, K, V), (B, H, K), (B, H))))
-    op: Any = mlstm
-    run = lambda: op(*xs, state, backend="triton")  # noqa: E731
-    found: Result = {"B": B, "ms": bench.timed(run)}
+    op: Any = mlstm_step_
+    options: Any = {"eps": 1e-6, "input_gate": "exp", "gate_soft_cap": 15.0}
+    found: Result = {"B": B}
+    runs: dict[str, Run] = {"": lambda: op(*xs, state, backend="triton", **options)}
+    try:
+        from mlstm_kernels.torch.recurrent.triton_step import mlstm_recurrent_step__triton as official
+
+        old: Any = {"c": state.C, "n": state.n, "m": state.m[..., None]}
+        new: Any = dict(zip("qkvif", [x[:, 0] if x.dim() == 4 else x[:, 0, :, None] for x in xs], strict=True))
+        runs["peer official "] = lambda: official(**new, **old)
+    except ImportError as error:
+        found["peer official"] = str(error)
+    for name, run in runs.items():
+        found[f"{name}ms"] = bench.timed(run)
+        if bench.cuda and not isinstance(found[f"{name}ms"], str):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            found[f"{name}graph ms"] = bench.timed(graph.replay)
     found["floor ms on an H200"] = round(1e3 * 8 * B * H * K * (V + 1) / BANDWIDTH, 4)
-    if bench.cuda:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        found["graph ms"] = bench.timed(graph.replay)
     return found
 
 
@@ -258,8 +311,11 @@ def time_slstm(bench: Bench, B: int, H: int, T: int, P: int) -> Result:
     times["forward+backward"] = bench.timed(lambda: torch.autograd.grad(run(), [*gates, R], dh))
     if bench.cuda:
         lstm = torch.nn.LSTM(H * P, H * P, batch_first=True, device=bench.device, dtype=bench.dtype)
-        x = bench.draw(B, T, H * P)
+        x, weights = bench.draw(B, T, H * P), list(lstm.parameters())
+        dy = bench.draw(B, T, H * P, grad=False)
         times["peer nn.LSTM forward"] = bench.timed(lambda: lstm(x))
+        both = lambda: torch.autograd.grad(lstm(x)[0], [x, *weights], dy)  # noqa: E731
+        times["peer nn.LSTM forward+backward"] = bench.timed(both)
     return {
         **found,
         **{f"{name} us a step": v if isinstance(v, str) else round(1e3 * v / T, 2) for name, v in times.items()},
@@ -271,10 +327,9 @@ def contestants(style: str, fields: Result) -> dict[str, Callable[[], Any]]:
     made: dict[str, Callable[[], Any]] = {
         "ours": lambda: XLSTMForCausalLM(XLSTMConfig(block_style=style, kernel_backend="triton", **fields))
     }
-    if style == "large":
-        made["peer transformers xlstm"] = lambda: transformers.AutoModelForCausalLM.from_config(
-            transformers.xLSTMConfig(**fields)
-        )
+    made["peer transformers xlstm"] = lambda: transformers.AutoModelForCausalLM.from_config(
+        transformers.xLSTMConfig(**fields)  # it knows the large style only
+    )
     width = {"intermediate_size": int(8 * fields["hidden_size"] / 3) // 64 * 64, "num_attention_heads": 16}
     sizes = {**fields, **width} | {"max_position_embeddings": 1 << 20}
     sizes.pop("num_heads")
@@ -290,17 +345,25 @@ def time_model(bench: Bench, make: Callable[[], Any], B: int, T: int, new: int) 
         model.zero_grad(set_to_none=True)
         model(ids, labels=ids, use_cache=False).loss.backward()
 
-    def decode(rows: int, count: int) -> Run:
-        options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        return lambda: model.generate(ids[:rows], **options)
+    def decode(count: int, **options: Any) -> Run:
+        options |= {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        return lambda: model.generate(ids[:1], **options)
 
     found: Result = {"parameters": sum(p.numel() for p in model.parameters())}
     spent = bench.milliseconds(train)
     found["training tokens/s"] = round(1e3 * B * T / spent, 1)
     model.zero_grad(set_to_none=True)
     model.eval()
-    longer, shorter = bench.milliseconds(decode(1, new)), bench.milliseconds(decode(1, 1))
-    found["decode ms a token, batch 1"] = round((longer - shorter) / (new - 1), 4)
+    ways: Result = {"": {}}
+    if hasattr(model, "decode_loop"):
+        ways["step by step "] = {"disable_compile": True}
+        if not bench.cuda:
+            model.decode_loop.capture = lambda step, model: step
+    for way, options in ways.items():
+        longer, shorter = bench.milliseconds(decode(new, **options)), bench.milliseconds(decode(1, **options))
+        spent = (longer - shorter) / (new - 1)
+        found[f"decode {way}ms a token, batch 1"] = round(spent, 4)
+        found[f"decode {way}tokens/s, batch 1"] = round(1e3 / max(spent, 1e-6), 1)
     return found
 
 
@@ -334,7 +397,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The Triton kernels on one GPU: right first, then fast.")
     add = parser.add_argument
     add("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
-    add("--seconds", type=float, default=500, help="time after which no section is begun (default: %(default)s)")
+    add("--seconds", type=float, default=440, help="time after which no section is begun (default: %(default)s)")
     add("--checks_only", action="store_true", help="time nothing")
     add("--json", type=Path, help="also write the result there, after every section")
     return parser.parse_args()

@@ -38,6 +38,7 @@ from modeling_xlstm import ops_mlstm_triton, ops_slstm_triton
 
 # Bytes of shared memory a block may have, by compute capability.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+MULTIPROCESSORS = 132  # of an H100
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -46,8 +47,11 @@ TYPES = {
     torch.bool: "i1",
 }
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# The 7B model's mLSTM, and the widest sLSTM head of one program.
-MAIN: list[dict[str, Any]] = [{"op": "mlstm", "K": 256, "V": 512}, {"op": "slstm", "P": 128}]
+# The 7B model's mLSTM with its soft cap, the widest sLSTM head of one program, and heads of several that wait.
+MAIN: list[dict[str, Any]] = [
+    {"op": "mlstm", "K": 256, "V": 512},
+    *({"op": "slstm", "P": P} for P in (128, 192, 256, 384, 512)),
+]
 ALL = [
     *MAIN,
     {"op": "mlstm", "K": 256, "V": 512, "chunk_size": 256},
@@ -56,12 +60,14 @@ ALL = [
         {"op": "mlstm", "K": K, "V": V}
         for K, V in [(16, 16), (64, 128), (128, 256), (384, 384), (512, 512), (512, 1024)]
     ),
-    {"op": "mlstm", "K": 48, "V": 80, "reset": True},
+    {"op": "mlstm", "K": 48, "V": 80, "reset": True, "gate_soft_cap": None},
     {"op": "mlstm", "K": 128, "V": 256, "dtype": FP16},
     *({"op": "mlstm", "K": K, "V": V, "dtype": FP32} for K, V in [(64, 64), (256, 512)]),
-    *({"op": "slstm", "P": P} for P in (16, 32, 64, 192, 256, 384, 512)),
+    *({"op": "slstm", "P": P} for P in (16, 32, 64, 144)),
     {"op": "slstm", "P": 128, "reset": True, "padded": True, "input_gate": "sigmoid"},
     {"op": "slstm", "P": 256, "reset": True, "padded": True},
+    # More rows than programs can wait for each other: a launch a token.
+    *({"op": "slstm", "P": P, "B": 4096} for P in (192, 512)),
     *({"op": "slstm", "P": P, "dtype": FP32} for P in (64, 256)),
 ]
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_cooperative_grid")
@@ -93,21 +99,20 @@ def meta(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def call_mlstm(T: int, K: int, V: int, dtype: torch.dtype, reset: bool, chunk_size: int, input_gate: str) -> None:
+def call_mlstm(T: int, K: int, V: int, dtype: torch.dtype, reset: bool, **options: Any) -> None:
     B, H = 2, 8
     tokens = [meta(B, T, H, size, dtype=dtype) for size in (K, K, V)] + [meta(B, T, H) for _ in range(2)]
     xs: Any = [x.requires_grad_(T > 1) for x in tokens]
     worker: Any = ops_mlstm_triton.mlstm_chunkwise_triton
     h, state = worker(
-        *xs, None, reset=meta(B, T, dtype=torch.bool) if reset else None, chunk_size=chunk_size, eps=1e-6,
-        input_gate=input_gate,
+        *xs, None, reset=meta(B, T, dtype=torch.bool) if reset else None, eps=1e-6, **options
     )  # fmt: skip
     if T > 1:
         torch.autograd.grad(h.float().sum() + state.C.sum(), xs)
 
 
-def call_slstm(T: int, P: int, dtype: torch.dtype, reset: bool, padded: bool, input_gate: str) -> None:
-    B, H = 16, 4
+def call_slstm(T: int, P: int, dtype: torch.dtype, reset: bool, padded: bool, input_gate: str, B: int) -> None:
+    H = 4
     xs: Any = [meta(B, T, H, P, dtype=dtype).requires_grad_(T > 1) for _ in range(4)]
     worker: Any = ops_slstm_triton.slstm_recurrent_triton
     h, state = worker(
@@ -122,7 +127,7 @@ def launches_of(shape: dict[str, Any]) -> list[Launch]:
     """The different launches of a shape: forward and backward over a sequence, and one token."""
     given = {"dtype": BF16, "reset": False, "input_gate": "exp", **shape}
     op = given.pop("op")
-    defaults = {"chunk_size": 64} if op == "mlstm" else {"padded": False}
+    defaults = {"chunk_size": 64, "gate_soft_cap": 15.0} if op == "mlstm" else {"padded": False, "B": 16}
     call = call_mlstm if op == "mlstm" else call_slstm
     with recorded() as launches:
         for T in (3, 1):
@@ -213,23 +218,57 @@ def parse() -> argparse.Namespace:
         default=90,
         help="compute capability without its point (default: %(default)s)",
     )
+    add("--kernels", default="", help="only kernels whose name matches; the file of --json keeps its other rows")
     add("--json", type=Path, help="also write the result there")
     return parser.parse_args()
 
 
+def kept_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of an earlier run for kernels that this one leaves out, of shapes that there still are."""
+    if not arguments.kernels or arguments.json is None or not arguments.json.exists():
+        return []
+    earlier = json.loads(arguments.json.read_text("utf-8"))
+    assert (earlier["triton"], earlier["arch"]) == (triton.__version__, arguments.arch), "another Triton or device"
+    shapes = [{name: str(value) for name, value in shape.items()} for shape in ALL]
+    columns = {"kernel", *Resources._fields}
+    return [
+        row
+        for row in earlier["kernels"]
+        if not re.search(arguments.kernels, row["kernel"])
+        and {k: v for k, v in row.items() if k not in columns} in shapes
+    ]
+
+
+def name_of(shape: dict[str, Any], launch: Launch) -> dict[str, str]:
+    """What a row is known by."""
+    return {**{name: str(value) for name, value in shape.items()}, "kernel": launch.kernel.__name__}
+
+
 def main() -> None:
     arguments = parse()
-    rows, wrong = [], []
+    rows = kept_rows(arguments)
+    wrong: list[str] = []
     for worker in (ops_mlstm_triton, ops_slstm_triton):
         # What the workers ask the device when there is one.
         vars(worker)["is_small"] = lambda _: SHARED_LIMIT[arguments.arch] < 160 * 1024
+        vars(worker)["programs_at_once"] = lambda _: MULTIPROCESSORS
     work = [(s, launch) for s in (MAIN if arguments.shapes == "main" else ALL) for launch in launches_of(s)]
+    expected = [name_of(shape, launch) for shape, launch in work]
+    work = [(s, launch) for s, launch in work if re.search(arguments.kernels, launch.kernel.__name__)]
     for shape, launch in tqdm(work, desc="Kernels"):
         resources = compiled(launch, arguments.arch)
-        row = {**{name: str(value) for name, value in shape.items()}, "kernel": launch.kernel.__name__}
+        row = name_of(shape, launch)
         rows.append({**row, **resources._asdict()})
         wrong += [f"{row}: {fault}" for fault in faults(resources, shape in MAIN, arguments.arch)]
-    result = {"triton": triton.__version__, "arch": arguments.arch, "faults": wrong, "kernels": rows}
+    found = [{k: v for k, v in row.items() if k not in Resources._fields} for row in rows]
+    missing = [row for i, row in enumerate(expected) if row not in found and row not in expected[:i]]
+    result = {
+        "triton": triton.__version__,
+        "arch": arguments.arch,
+        "faults": wrong,
+        "missing": missing,
+        "kernels": rows,
+    }
     text = json.dumps(result, indent=None).replace('{"op"', '\n{"op"')
     print(text)
     if arguments.json is not None:

@@ -48,21 +48,15 @@ TRAVELLING = {
     "cache_xlstm": Module(5, {CONFIG, STATES, "statefile_xlstm"}, {"torch", "transformers"}),
     "tokens_xlstm": Module(4, set(), {"torch"}),
     "debug_xlstm": Module(5, {STATES}, {"torch"}),
-    "step_xlstm": Module(6, {STATES, "ops_mlstm_torch", "ops_slstm_torch", "layers_xlstm", "blocks_xlstm"}, {"torch"}),
+    "step_xlstm": Module(
+        6, {STATES, COMMON, "ops_mlstm_torch", "ops_slstm_torch", "layers_xlstm", "blocks_xlstm"}, {"torch"}
+    ),
     "pretrained_xlstm": Module(5, {CONFIG, "layers_xlstm"}, {"torch", "transformers"}),
+    "decoding_xlstm": Module(6, {STATES, "cache_xlstm"}, {"torch", "transformers"}),
     "modeling_xlstm": Module(
         7,
-        {
-            CONFIG,
-            STATES,
-            TOKENS,
-            "layers_xlstm",
-            "blocks_xlstm",
-            "step_xlstm",
-            "cache_xlstm",
-            "debug_xlstm",
-            "pretrained_xlstm",
-        },
+        {CONFIG, STATES, COMMON, TOKENS, "layers_xlstm", "blocks_xlstm", "step_xlstm", "cache_xlstm", "debug_xlstm"}
+        | {"decoding_xlstm", "pretrained_xlstm"},
         {"torch", "transformers"},
     ),
     "forecasting_xlstm": Module(8, {CONFIG, "modeling_xlstm", "pretrained_xlstm"}, {"torch", "transformers"}),
@@ -95,7 +89,7 @@ LOADED_TWICE = {"XLSTMConfig", "XLSTMCache", "LayerState", "MLSTMState", "SLSTMS
 
 FUNCTION_LINES, KERNEL_LINES = 40, 120
 MODULE_LINES, TRITON_LINES = 500, 800
-ARGUMENTS = 12
+ARGUMENTS = 13
 
 Fault = tuple[int, str]
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -313,7 +307,7 @@ PLANTED = [
     (sizes, "layers_xlstm", LONG),
     (sizes, "layers_xlstm", "x = 1\n" * 501),
     (sizes, "ops_mlstm_triton", "x = 1\n" * 801),
-    (sizes, "layers_xlstm", f"def f({', '.join(f'a{i}' for i in range(10))}, *, b, c, d): ..."),
+    (sizes, "layers_xlstm", f"def f({', '.join(f'a{i}' for i in range(11))}, *, b, c, d): ..."),
     (memories, "layers_xlstm", "class A:\n    def forward(self, x):\n        self.x = x"),
     (memories, "layers_xlstm", "class A:\n    def forward(self, x):\n        self.x[0], y = x"),
     (memories, "layers_xlstm", "class A:\n    def forward(self, x):\n        self.a.count += 1"),

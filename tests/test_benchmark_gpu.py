@@ -25,8 +25,18 @@ def test_the_gpu_benchmark_runs_at_tiny_size_in_the_interpreter(tmp_path: Path) 
     result = json.loads((tmp_path / "out.json").read_text("utf-8"))
     assert {"about", "device", "dtype"} <= result.keys()
     assert all(check["passes"] for check in result["checks"].values())
-    for kind in ("mlstm {", "mlstm step", "slstm", "model large, ours"):
+    models = [f"model {style}, {who}" for style in ("large", "neurips") for who in ("ours", "peer transformers xlstm")]
+    for kind in ("mlstm {", "mlstm step", "slstm", *models):
         assert any(name.startswith(kind) for name in result), kind
+    for check in (
+        "mlstm soft cap",
+        "mlstm step",
+        "slstm step",
+        "slstm 192 packed",
+        "decoding large",
+        "decoding neurips",
+    ):
+        assert check in result["checks"]
     assert result["model large, ours"]["training tokens/s"] > 0
 
 

@@ -14,8 +14,8 @@ from tolerances import FLOAT32, assert_identical, assert_same
 from torch import Tensor
 
 from modeling_xlstm import MLSTMState, mlstm
-from modeling_xlstm.ops_common import disagreement
-from modeling_xlstm.ops_mlstm import _compare
+from modeling_xlstm.ops_common import disagreement, self_check
+from modeling_xlstm.ops_mlstm import _compare, mlstm_step_
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 
@@ -52,6 +52,7 @@ def test_the_kernels_equal_the_definition_with_states_and_all_gradients(
 ) -> None:
     reset = torch.rand(2, T) < 0.15 if resets else None
     options: dict[str, Any] = {"chunk_size": chunk_size, "eps": 0.05, "input_gate": input_gate}
+    options["gate_soft_cap"] = 2.5 if T % 4 == 1 else None
     inputs = mlstm_inputs(T, 2, 1, K, V), mlstm_state(2, 1, K, V)
     assert_kernels_equal_the_definition(*inputs, kernel_device, reset, **options)
 
@@ -81,10 +82,21 @@ def test_extreme_gates_stay_finite_and_right(i_tilde: float, f_tilde: float, ker
     assert all(g.isfinite().all() for g in gradients)
 
 
+def test_infinite_gates_meet_the_soft_cap_as_in_the_definition(kernel_device: torch.device) -> None:
+    xs = [x.detach() for x in narrow(mlstm_inputs(19, 1, 1, 16, 16), kernel_device)]
+    xs[3][:, 4:9], xs[4][:, 7:12] = -torch.inf, torch.inf
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [x.clone().requires_grad_() for x in xs]
+        h, state = mlstm(*leaves, gate_soft_cap=2.5, chunk_size=16, backend=backend)
+        results.append(outputs_and_gradients(h, state, leaves))
+    assert_same(*results, FLOAT32)
+
+
 def test_padding_changes_no_real_token_no_state_and_no_gradient(kernel_device: torch.device) -> None:
     xs, state = narrow(mlstm_inputs(19, 2, 1, 16, 16), kernel_device), narrow(mlstm_state(2, 1, 16, 16), kernel_device)
     lengths = [13, 0]
-    options: dict[str, Any] = {"chunk_size": 16, "backend": "triton"}
+    options: dict[str, Any] = {"chunk_size": 16, "backend": "triton", "gate_soft_cap": 2.5}
     h, after = mlstm(*xs, MLSTMState(*state), lengths=torch.tensor(lengths, device=kernel_device), **options)
     alone, end = mlstm(*(x[:1, :13] for x in xs), MLSTMState(*(x[:1] for x in state)), **options)
     assert_same((h[:1, :13], [x[:1] for x in after]), (alone, list(end)))
@@ -99,7 +111,7 @@ def test_padding_changes_no_real_token_no_state_and_no_gradient(kernel_device: t
 def test_one_token_after_the_other_equals_the_sequence(input_gate: str, kernel_device: torch.device) -> None:
     xs = [x.detach() for x in narrow(mlstm_inputs(5, 2, 2, 48, 80), kernel_device)]
     reset = torch.tensor([[False, False, True, False, False], [False] * 5], device=kernel_device)
-    options: dict[str, Any] = {"input_gate": input_gate, "backend": "triton"}
+    options: dict[str, Any] = {"input_gate": input_gate, "backend": "triton", "gate_soft_cap": 2.5}
     expected = mlstm(*xs, reset=reset, **options)
     state, outputs = None, []
     for t in range(5):
@@ -116,6 +128,18 @@ def test_the_state_passed_in_is_not_modified(kernel_device: torch.device) -> Non
         with torch.no_grad():
             mlstm(*narrow(mlstm_inputs(T, 2, 1, 16, 16), kernel_device), state, backend="triton")
     assert_identical(list(state), before)
+
+
+@pytest.mark.parametrize("cap", [None, 2.5])
+def test_a_step_over_its_state_equals_a_step_beside_it(cap: float | None, kernel_device: torch.device) -> None:
+    xs = [x.detach() for x in narrow(mlstm_inputs(1, 2, 2, 48, 80), kernel_device)]
+    state = MLSTMState(*(x.detach() for x in narrow(mlstm_state(2, 2, 48, 80), kernel_device)))
+    expected = mlstm(*xs, state, gate_soft_cap=cap, backend="triton")
+    options: dict[str, Any] = {"eps": 1e-6, "input_gate": "exp", "gate_soft_cap": cap}
+    h, after = mlstm_step_(*xs, state, backend="triton", **options)
+    assert_identical((h, list(after)), (expected[0], list(expected[1])))
+    assert after.C is state.C
+    assert after.n is not state.n
 
 
 def test_inputs_are_read_where_projections_leave_them(kernel_device: torch.device) -> None:
@@ -173,3 +197,19 @@ def test_the_self_check_finds_a_backward_pass_that_is_wrong_where_the_forward_pa
     with pytest.warns(UserWarning, match="disagree with the reference"):
         assert "on cpu with triton" in disagreement(run, [x], torch.device("cpu"), True)
     assert disagreement(run, [x], torch.device("cpu"), False) == ""
+
+
+def test_what_the_self_check_found_holds_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def compare(device: torch.device, dtype: torch.dtype) -> str:
+        calls.append(torch.is_inference_mode_enabled())
+        return "wrong"
+
+    results = []
+    for capturing in (True, False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        with torch.inference_mode():
+            results.append(self_check(compare, torch.device("cuda"), torch.float32))
+    assert results == ["", "wrong", "wrong"]
+    assert calls == [False]

@@ -10,7 +10,7 @@ from inputs import outputs_and_gradients, slstm_inputs, slstm_state
 from tolerances import FLOAT32, assert_identical, assert_same
 from torch import Tensor
 
-from modeling_xlstm import SLSTMState, slstm
+from modeling_xlstm import SLSTMState, ops_slstm, slstm
 from modeling_xlstm.ops_slstm import _compare
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
@@ -106,3 +106,64 @@ def test_what_the_kernels_cannot_take_is_refused_by_name_and_computed_under_auto
 
 def test_the_self_check_passes(kernel_device: torch.device) -> None:
     assert _compare(kernel_device, torch.float32) == ""
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> Any:
+    """The worker's module on a device that runs 132 programs at once: so the interpreter is told, which runs one."""
+    from modeling_xlstm import ops_slstm_triton
+
+    if kernel_device.type == "cpu":
+        monkeypatch.setattr(ops_slstm_triton, "programs_at_once", lambda _: 132)
+    return ops_slstm_triton
+
+
+def test_tokens_in_one_launch_equal_a_launch_a_token(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter with a head in one slice, for there a program cannot wait for one after it."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(worker, "_held", lambda *_: {"BP": 64, "BU": 128})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    given = narrow([*kernel_inputs(4, 2, 1, 80), *slstm_state(2, 1, 80)], device)
+    marks = {"lengths": torch.tensor([4, 2], device=device), "reset": torch.rand(2, 4, device=device) < 0.3}
+    results = []
+    for together in (worker.Together(True), worker.Together(False)):
+        leaves = [x.detach().requires_grad_() for x in given]
+        h, after = worker.slstm_recurrent_triton(
+            *leaves[:5], SLSTMState(*leaves[5:]), **marks, input_gate="exp", together=together
+        )
+        results.append(outputs_and_gradients(h, after, leaves))
+    assert_same(*results)
+
+
+def test_programs_wait_for_each_other_only_where_all_of_them_run_at_once(worker: Any) -> None:
+    def launches(B: int, T: int, P: int, together: bool, dtype: torch.dtype = torch.bfloat16) -> tuple[int, bool]:
+        x, R = torch.empty(B, T, 4, P, dtype=dtype, device="meta"), torch.empty(4, 4, P, P, dtype=dtype, device="meta")
+        size = worker._Sizes.of(x, R, (None, None), False, worker.Together(together))
+        return -(-T // size.stride), bool(size.options.get("launch_cooperative_grid"))
+
+    assert launches(16, 9, 128, True) == (1, False)  # a head in one program
+    for P in (192, 256, 384, 512):
+        assert launches(16, 9, P, True) == (1, True)
+        assert launches(16, 9, P, False) == (9, False)
+        assert launches(4096, 9, P, True) == (9, False)
+        assert launches(16, 1, P, True) == (1, False)
+        assert launches(16, 9, P, True, torch.float32) == (1, True)
+
+
+def test_where_waiting_programs_are_wrong_a_launch_a_token_is_the_way_out(
+    worker: Any, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+) -> None:
+    def check(compare: Any, *_: Any) -> str:
+        return "they disagree" if compare is ops_slstm._compare_together else ""
+
+    monkeypatch.setattr(ops_slstm, "self_check", check)
+    xs = [x.detach() for x in narrow(kernel_inputs(2, 2, 1, 80), kernel_device)]
+    assert ops_slstm._may_wait(kernel_device, torch.float32) == worker.Together(False)
+    assert_same(slstm(*xs, backend="triton"), slstm(*xs, backend="torch"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="waits for the interpreter, whose programs wait in vain")
+def test_the_self_check_finds_programs_that_wait_in_vain_and_ends(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops_slstm, "PATIENCE", 3)
+    with pytest.warns(UserWarning, match="cooperative Triton kernels of the sLSTM are not used"):
+        assert ops_slstm._disagreement(torch.device("cpu"), torch.float32, True, ((2, 80, True),))

@@ -214,3 +214,22 @@ def test_bad_arguments_are_named(fault: dict[str, Any], message: str) -> None:
 def test_no_tokens_raise() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         mlstm(*(x[:, :0] for x in mlstm_inputs(3)))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@given(T=st.integers(1, 9), cap=st.sampled_from([0.5, 15.0]), input_gate=BOUNDED_GATES)
+def test_a_soft_cap_bounds_both_gates_and_leaves_padding_alone(
+    backend: str, T: int, cap: float, input_gate: str
+) -> None:
+    *qkv, i, f = mlstm_inputs(T)
+    lengths = torch.tensor([T, T // 2])
+    options: dict[str, Any] = {"backend": backend, "input_gate": input_gate, "lengths": lengths}
+    actual = mlstm(*qkv, i, f, gate_soft_cap=cap, **options)
+    expected = mlstm(*qkv, cap * torch.tanh(i / cap), cap * torch.tanh(f / cap), **options)
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("cap", [0.0, -1.0, float("nan")])
+def test_a_soft_cap_that_bounds_nothing_is_refused(cap: float) -> None:
+    with pytest.raises(ValueError, match="`gate_soft_cap` must be above 0"):
+        mlstm(*mlstm_inputs(2), gate_soft_cap=cap)

@@ -1,0 +1,253 @@
+"""The decode loop of `generate`: one token a row, states at fixed addresses, the whole step replayed or compiled.
+
+A step launched from Python pays for every kernel's launch; one recorded in a CUDA graph pays once. A graph writes where
+it was recorded to write, so it steps states of its own. A cache borrows them while it decodes: what is read from it is
+a copy, anything but the next step takes it back to states of its own, and a second cache that comes puts the first out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .cache_xlstm import XLSTMCache
+from .states_xlstm import LayerState, tensors_of
+
+Step = Callable[[Any], Tensor]  # of the model, which no step holds: its memory must not wait for a cycle's collection
+Capture = Callable[[Step, Any], Step]
+logger = logging.getLogger(__name__)
+
+KEPT_GRAPHS = 4  # batch sizes; each holds states of its own
+PLAIN = (bool, int, float, str, type(None))
+
+
+class FixedCache(XLSTMCache):
+    """States that stay where they are: the next ones are written over them, by the kernel itself where it can."""
+
+    donates = True
+
+    @property
+    def states(self) -> list[LayerState | None]:
+        """The states themselves, no copies."""
+        return [layer.held for layer in self.layers]
+
+    def store_(self, states: Sequence[LayerState], tokens: int, real: Tensor | None = None) -> None:
+        """Write all states at once over those before them; columns are counted by the cache that borrows them."""
+        pairs = zip(tensors_of(self.states), tensors_of(states), strict=True)
+        # What a kernel wrote in place is there already.
+        moved = [(old, new) for old, new in pairs if old is not new]
+        torch._foreach_copy_([old for old, _ in moved], [new for _, new in moved])
+
+
+def capture_graph(step: Step, model: Any) -> Step:
+    """Record a step in a CUDA graph, after runs that compile and check its kernels."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(model)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on with what they do on the device.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        logits = step(model)
+
+    def replay(model: Any) -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay
+
+
+def compile_step(config: Any) -> Capture:
+    """Compile a step as `generation_config.compile_config` says."""
+    return lambda step, model: torch.compile(step, **config.to_dict())
+
+
+class FixedStep:
+    """One token of a batch of one size: ids in, logits out, states stepped in place.
+
+    Args:
+        model: the language model.
+        states: states of the shapes and dtypes to come.
+        ids: ids of the shape to come, [B, 1].
+        capture: makes the step fast; it may run the step, for no state is here yet.
+    """
+
+    def __init__(self, model: Any, states: Sequence[LayerState | None], ids: Tensor, capture: Capture):
+        self.ids = fixed_ids = torch.zeros_like(ids)
+        self.cache = cache = FixedCache(model.config)
+        for layer, state in zip(cache.layers, states, strict=True):
+            layer.store_(state)
+            layer.apply_(lambda x: torch.zeros(x.shape, dtype=x.dtype, device=x.device))
+        for x in (fixed_ids, *tensors_of(cache.states)):
+            torch._dynamo.mark_static_address(x)
+        self.borrower: weakref.ref[XLSTMCache] | None = None
+
+        def step(model: Any) -> Tensor:
+            return model.forward(fixed_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+        self.replay = capture(step, model)
+
+    def release_(self) -> None:
+        """Take the states back from the cache that borrows them, which keeps a copy."""
+        borrower = None if self.borrower is None else self.borrower()
+        if borrower is not None:
+            borrower.settle_()
+        self.borrower = None
+
+    def run(self, model: Any, cache: XLSTMCache, ids: Tensor) -> Tensor:
+        """Step the states of a cache by one token of each row and return the logits, [B, 1, vocab_size]."""
+        if self.borrower is None or self.borrower() is not cache or not cache.borrowed:
+            states = [layer.held for layer in cache.layers]
+            if self.borrower is not None and self.borrower() is not cache:
+                self.release_()
+            torch._foreach_copy_(tensors_of(self.cache.states), tensors_of(states))
+            cache.borrow_(self.cache.states)
+            self.borrower = weakref.ref(cache)
+        self.ids.copy_(ids)
+        logits = self.replay(model).clone()  # the next step writes over it
+        cache.advance_(1)
+        return logits
+
+
+def _release_(step: FixedStep | None) -> None:
+    if step is not None:
+        step.release_()
+
+
+class DecodeLoop:
+    """The recorded steps of a model. A copy or a pickle of the model starts without them.
+
+    Attributes:
+        capture: how a step is recorded where nothing else was asked for.
+    """
+
+    def __init__(self) -> None:
+        self.capture: Capture = capture_graph
+        self.steps: OrderedDict[Hashable, FixedStep | None] = OrderedDict()
+        self.lock = threading.Lock()
+        self.made_for: Hashable = None
+
+    def __deepcopy__(self, memo: Any) -> DecodeLoop:
+        return DecodeLoop()
+
+    def __reduce__(self) -> Any:
+        return DecodeLoop, ()
+
+    def bind(self, model: Any, compile_config: Any = None) -> Callable[..., Any]:
+        """The model's forward for one `generate`: fast where a call is a plain decoding step, else the model's own."""
+        obstacle = _model_obstacle(model)
+        if obstacle:
+            logger.info("Decoding steps are launched one by one: %s.", obstacle)
+            return model.__call__
+        made_for = (_fingerprint(model), repr(compile_config))
+        with self.lock:
+            if made_for != self.made_for:
+                self._forget_()
+                self.made_for = made_for
+        capture = self.capture if compile_config is None else compile_step(compile_config)
+
+        def forward(**inputs: Any) -> Any:
+            if not _is_plain_step(model, inputs):
+                return model(**inputs)
+            cache = inputs["past_key_values"]
+            # Threads may share a model; what they share of it here is not theirs between two steps.
+            with self.lock, torch.cuda.device_of(inputs["input_ids"]):
+                step = self._step_for(model, cache, inputs["input_ids"], capture)
+                logits = None if step is None else step.run(model, cache, inputs["input_ids"])
+            if logits is None:
+                return model(**inputs)
+            return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+        return forward
+
+    def _step_for(self, model: Any, cache: XLSTMCache, ids: Tensor, capture: Capture) -> FixedStep | None:
+        """The step for a cache of these shapes, recorded when they first come; None where that failed."""
+        states = [layer.held for layer in cache.layers]
+        shapes = tuple((x.shape, x.dtype, x.device) for x in tensors_of(states))
+        key = (ids.shape, ids.dtype, shapes, torch.is_inference_mode_enabled(), torch.get_float32_matmul_precision())
+        if key not in self.steps:
+            while len(self.steps) >= KEPT_GRAPHS:
+                _release_(self.steps.popitem(last=False)[1])
+            try:
+                self.steps[key] = FixedStep(model, states, ids, capture)
+            except RuntimeError as error:
+                self.steps[key] = None
+                logger.warning("The decoding step could not be recorded and is launched one by one: %s", error)
+        self.steps.move_to_end(key)
+        return self.steps[key]
+
+    def _forget_(self) -> None:
+        """Forget every step: the model is not what it was."""
+        for step in self.steps.values():
+            _release_(step)
+        self.steps.clear()
+
+
+def _model_obstacle(model: Any) -> str:
+    """Why a model's steps cannot be recorded; empty if they can."""
+    if torch.is_grad_enabled() or model.training:
+        return "gradients or training mode are on"
+    if model.config.debug:
+        return "config.debug looks at every value"
+    if len({p.device for p in model.parameters()}) > 1:
+        return "the model lies on several devices"
+    modules = list(model.modules())
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules):
+        return "hooks must run at every call"
+    if torch.is_autocast_enabled(next(model.parameters()).device.type):
+        return "autocast is on"
+    return ""
+
+
+def _is_plain_step(model: Any, inputs: dict[str, Any]) -> bool:
+    """Whether a call is one real token of every row behind states, with nothing else asked for."""
+    known = {"input_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
+    ids: Any = inputs.get("input_ids")
+    cache: Any = inputs.get("past_key_values")
+    return (
+        ids is not None
+        and ids.dim() == 2
+        and ids.shape[1] == 1
+        and hasattr(cache, "borrow_")
+        and cache.batch_size == ids.shape[0]
+        and cache.layers[0].held.cell.m.device == ids.device
+        and not cache.recording
+        and not cache.unchecked
+        and not torch.is_grad_enabled()
+        and not model.config.output_hidden_states
+        and inputs.get("use_cache") is not False
+        and not isinstance(inputs.get("logits_to_keep"), Tensor)
+        and inputs.get("logits_to_keep") in (None, 0, 1)
+        and all(value is None or value is False for name, value in inputs.items() if name not in known)
+    )
+
+
+def _fingerprint(model: nn.Module) -> Hashable:
+    """What a recorded step has fixed: where tensors lie, and every plain attribute of every module."""
+    modules = ((name, type(module).__qualname__, _plain(vars(module))) for name, module in model.named_modules())
+    return repr(model.config), *modules
+
+
+def _plain(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.dtype, value.device
+    if isinstance(value, PLAIN):
+        return value
+    if dataclasses.is_dataclass(value):
+        return repr(value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return tuple(_plain(x) for x in value)
+    if isinstance(value, dict):
+        return tuple((str(name), _plain(x)) for name, x in value.items())
+    return type(value).__qualname__
