@@ -34,7 +34,7 @@ def bits_per_byte_compressed(texts: list[str], compress: Callable[[bytes], bytes
 def bits_per_byte_in_one_piece(folder: Path, texts: list[str]) -> float:
     """Every file, and the end token behind it, predicted from all that is before."""
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     end, nats = tokenizer.eos_token_id, 0.0
     for text in tqdm(texts, desc="In one piece", leave=False):
         ids = torch.tensor([[end, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids, end]])
