@@ -244,7 +244,6 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and the loss if labels are given.
@@ -258,8 +257,10 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         Returns:
             output: with `loss`, `logits` [B, T or fewer, vocab_size], `past_key_values` and `hidden_states`.
         """
+        # Not named in the signature: Trainer would take every batch without it for one without labels.
+        shift_labels = kwargs.pop("shift_labels", None)
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
-        # Named in the signature, as `shift_labels` is, or Trainer would drop these columns and let documents leak.
+        # Named in the signature, or Trainer would drop these columns and let documents leak.
         packing = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "position_ids": position_ids}
         outputs = self.model(
             input_ids=input_ids,

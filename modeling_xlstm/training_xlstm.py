@@ -179,6 +179,13 @@ class XLSTMTrainer(Trainer):
             return
         self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
 
+    def _set_signature_columns_if_needed(self) -> None:
+        # Trainer drops the columns that forward does not name, and this one is not named but passed on.
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            columns: Any = self._signature_columns
+            self._signature_columns = [*columns, "shift_labels"]  # type: ignore[assignment]
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

@@ -277,4 +277,10 @@ def test_a_plain_trainer_keeps_the_columns_that_describe_packing(tmp_path: Path)
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     plain = Trainer(tiny_model(XLSTMForCausalLM), args=arguments)
     plain._set_signature_columns_if_needed()
-    assert {"seq_idx", "cu_seq_lens_q", "position_ids", "shift_labels"} <= set(plain._signature_columns or ())
+    assert {"seq_idx", "cu_seq_lens_q", "position_ids"} <= set(plain._signature_columns or ())
+
+
+def test_a_plain_trainer_judges_batches_that_hold_labels_only(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens(2, 6)]
+    assert "eval_loss" in Trainer(tiny_model(XLSTMForCausalLM), args=arguments, eval_dataset=rows).evaluate()
