@@ -101,8 +101,11 @@ class _Sizes(NamedTuple):
             # One stage: what tokens are read ahead must not take the weights' place.
             options |= {"BP": triton.next_power_of_2(P), "num_stages": 1, "num_warps": 8 if P > 64 or not half else 4}
             return cls(B, T, H, P, True, T, -1, options)
-        held = _held(P, 2 if half else 4, is_small(x.device))
-        at_once = H * triton.cdiv(P, held["BU"]) * triton.cdiv(B, options["BB"])
+        # Three products instead of one take the digits of float32 apart, and keep both halves.
+        size = 2 if half else 8 if options["PRECISION"] == "tf32x3" else 4
+        held = _held(P, size, is_small(x.device))
+        together = together if held else together._replace(allowed=False)
+        at_once = H * triton.cdiv(P, held.get("BU", P)) * triton.cdiv(B, options["BB"])
         if T > 1 and together.allowed and at_once <= programs_at_once(x.device):
             options |= {**held, "HELD": True, "launch_cooperative_grid": True}
             return cls(B, T, H, P, False, T, together.patience, options)
@@ -130,11 +133,14 @@ class _Sizes(NamedTuple):
 
 
 def _held(P: int, size: int, small: bool) -> dict[str, Any]:
-    """Options of the programs that share a head and keep their slices of its weights, of `size` bytes a number."""
+    """Options of the programs that share a head and keep their slices of its weights, of `size` bytes a number.
+
+    Empty if even the narrowest slices take more than a program may keep.
+    """
     BP = 64 if P <= 256 else 128
     budget = HELD_BYTES // (2 if small else 1)
-    width = next(BU for BU in (64, 32, 16) if BU == 16 or 4 * triton.cdiv(P, BP) * BP * BU * size <= budget)
-    return {"BP": BP, "BU": width, "num_stages": 1, "num_warps": 8}
+    widths = [BU for BU in (64, 32, 16) if 4 * triton.cdiv(P, BP) * BP * BU * size <= budget]
+    return {"BP": BP, "BU": widths[0], "num_stages": 1, "num_warps": 8} if widths else {}
 
 
 def _forward(
