@@ -319,6 +319,7 @@ def _whole_chunks(x: Tensor, missing: int, fill: float = 0.0) -> Tensor:
     return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing), value=fill) if missing else x
 
 
+@torch.compiler.disable  # a compiler would unroll the loop over chunks, for minutes
 def mlstm_chunkwise_torch(
     q: Tensor,
     k: Tensor,

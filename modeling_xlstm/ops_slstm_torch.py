@@ -217,6 +217,7 @@ class _SLSTM(torch.autograd.Function):
         return dgates, dR, *d_first, None, None, None, None
 
 
+@torch.compiler.disable  # a compiler would unroll the loop over tokens, for minutes
 def slstm_recurrent_torch(
     i_tilde: Tensor,
     f_tilde: Tensor,

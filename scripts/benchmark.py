@@ -142,17 +142,23 @@ def print_allocated(work: Work, contestant: str) -> None:
     Not `ru_maxrss`: a process inherits that of the one that started it, and it cannot be set back. Pages of files are
     left out, because which parts of the libraries are read is chance.
     """
+    _give_back()
     before = _resident("RssAnon")
     made = work.makers[contestant]()
     run_once(made)  # the optimizer makes its state in its first step
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # glibc only: give back what is free
-        ctypes.CDLL(None).malloc_trim(0)
+    _give_back()
     fixed = _resident("RssAnon") - before
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     run_once(made)
     peak = _resident("VmHWM") - _resident("RssFile") - _resident("RssShmem") - before
     print(json.dumps({"peak": peak, "fixed": fixed}))
+
+
+def _give_back() -> None:
+    """Give what is free back to the system."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(field: str) -> int:

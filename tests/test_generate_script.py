@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkout import ROOT
 from inputs import rows, tiny_model
+from processes import without_torchao
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from tolerances import assert_same
@@ -86,7 +87,7 @@ def generate(checkpoint: Checkpoint, *options: str | Path, stdin: str = "", fail
     )
     out, err = process.stdout.decode(), process.stderr.decode()
     assert (process.returncode != 0) == fails, out + err
-    return out, err
+    return out, without_torchao(err)
 
 
 @pytest.mark.slow

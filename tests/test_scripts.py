@@ -18,6 +18,7 @@ import pytest
 import torch
 from checkout import ROOT
 from huggingface_hub import ModelCard
+from processes import without_torchao
 from safetensors.torch import load_file
 from tolerances import FLOAT32, assert_identical, assert_same
 from transformers import AutoTokenizer
@@ -45,7 +46,7 @@ def said(process: subprocess.Popen[str]) -> tuple[str, str]:
     """What a process that must succeed wrote to stdout and stderr."""
     out, err = process.communicate()
     assert process.returncode == 0, out + err
-    return out, err
+    return out, without_torchao(err)
 
 
 def write_text(folder: Path) -> str:
