@@ -147,7 +147,8 @@ def test_programs_wait_for_each_other_only_where_all_of_them_run_at_once(worker:
         assert launches(16, 9, P, False) == (9, False)
         assert launches(4096, 9, P, True) == (9, False)
         assert launches(16, 1, P, True) == (1, False)
-        assert launches(16, 9, P, True, torch.float32) == (1, True)
+        # Wider slices of float32 do not fit beside their lower digits.
+        assert launches(16, 9, P, True, torch.float32) == ((1, True) if P <= 256 else (9, False))
 
 
 def test_where_waiting_programs_are_wrong_a_launch_a_token_is_the_way_out(
