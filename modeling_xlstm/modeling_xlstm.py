@@ -257,9 +257,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         Returns:
             output: with `loss`, `logits` [B, T or fewer, vocab_size], `past_key_values` and `hidden_states`.
         """
-        # Not named in the signature: Trainer would take every batch without it for one without labels.
-        shift_labels = kwargs.pop("shift_labels", None)
-        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
+        # `shift_labels` is not named in the signature: Trainer would take batches without it for ones without labels.
+        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         # Named in the signature, or Trainer would drop these columns and let documents leak.
         packing = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "position_ids": position_ids}
         outputs = self.model(
@@ -276,10 +275,9 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         logits = soft_cap(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.output_logit_soft_cap)
         loss = None
         if labels is not None:
-            if shift_labels is None:
-                shift_labels = next_real_tokens(labels, attention_mask, **packing)
-            loss_kwargs |= {"shift_labels": shift_labels, "vocab_size": self.config.vocab_size}
-            loss = self.loss_function(logits=logits, labels=labels, **loss_kwargs)
+            if loss_kwargs.get("shift_labels") is None:
+                loss_kwargs["shift_labels"] = next_real_tokens(labels, attention_mask, **packing)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

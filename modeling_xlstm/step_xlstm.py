@@ -9,7 +9,7 @@ hooks, adapters, quantised or sharded weights, subclasses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -79,10 +79,10 @@ def step(
     """
     after = []
     for block, state in zip(cast(Iterable[XLSTMBlock], blocks), states, strict=True):
-        y, state = _STEPS[type(block.mixer)](block.mixer, _norm(block.mixer_norm, x), state)
+        y, state = _STEPS[type(block.mixer)](block.mixer, block.mixer_norm.forward(x), state)
         x = x + y
         if block.ffn is not None and block.ffn_norm is not None:
-            x = x + _feed_forward(block.ffn, _norm(block.ffn_norm, x))
+            x = x + _feed_forward(block.ffn, block.ffn_norm.forward(x))
         after.append(state)
     return x, after
 
@@ -92,32 +92,6 @@ def _linear(layer: nn.Module, x: Tensor) -> Tensor:
     weight, bias = cast(nn.Linear, layer)._parameters.values()
     assert weight is not None
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-
-
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    if norm.__class__ is not RMSNorm:
-        return _scaled(F.layer_norm(x, (x.shape[-1],), None, None, cast(LayerNorm, norm).eps), norm)
-    parameters: Any = norm._parameters
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    # Half the time of `F.rms_norm` for few rows.
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    scale = torch.add(length.new_full((1,), norm.eps), length.square_(), alpha=1 / x.shape[-1]).rsqrt_()
-    x = (x * scale).to(x.dtype) * weight
-    return x if bias is None else x + bias
-
-
-def _scaled(x: Tensor, norm: nn.Module) -> Tensor:
-    """A normalised x times the weight of a norm, plus its bias."""
-    parameters: Any = norm._parameters
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    if weight is not None:
-        x = torch.addcmul(x, x, weight) if norm.offset else x * weight
-    return x if bias is None else x + bias
-
-
-def _head_norm(norm: HeadNorm, h: Tensor) -> Tensor:
-    """[B, 1, H, V] -> [B, H * V]."""
-    return _scaled(F.layer_norm(h, (h.shape[-1],), None, None, norm.eps).view(h.shape[0], -1), norm)
 
 
 def _feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
@@ -147,7 +121,7 @@ def _mlstm(
     h, after = mlstm_step_torch(
         q, k, v, i_tilde, f_tilde, cast(MLSTMState, state.cell), eps=options.eps, input_gate=options.input_gate
     )
-    return _head_norm(cell.norm, h.to(dtype)), after
+    return cell.norm.forward(h.to(dtype))[:, 0], after
 
 
 def _mlstm_layer(layer: MLSTMLayer, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
@@ -179,7 +153,7 @@ def _slstm_layer(layer: SLSTMLayer, x: Tensor, state: LayerState) -> tuple[Tenso
         cast(SLSTMState, state.cell),
         input_gate=layer.options.input_gate,
     )
-    return _head_norm(layer.norm, h.to(x.dtype)), LayerState(after, window)
+    return layer.norm.forward(h.to(x.dtype))[:, 0], LayerState(after, window)
 
 
 _STEPS: dict[type, Callable[..., tuple[Tensor, LayerState]]] = {
