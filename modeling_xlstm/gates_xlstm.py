@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .ops_common import soft_cap
 from .states_xlstm import Call, CellInputs, CellRun, LayerState, SLSTMState
 
 
@@ -56,7 +57,7 @@ class GateStatistics:
     @torch.no_grad()
     def _note(self, index: int, call: Call, inputs: CellInputs, h: Tensor, options: Any) -> None:
         if options.recurrent is None:
-            kind, gates = "mlstm", [x.float() for x in inputs[3:5]]
+            kind, gates = "mlstm", [soft_cap(x.float(), options.gate_soft_cap) for x in inputs[3:5]]
         else:
             kind, gates = "slstm", _with_recurrent_part(call, inputs, h, options.recurrent)
         if call.lengths is not None:

@@ -70,7 +70,7 @@ MODULES = {
     "tuning_xlstm": Module(HOME, {"cache_xlstm", STATES}, {"torch"}),
     "quantization_xlstm": Module(HOME, set(), {"torch", "transformers", "torchao"}),
     "costs_xlstm": Module(HOME, {CONFIG, "layers_xlstm", "modeling_xlstm"}, {"torch"}),
-    "gates_xlstm": Module(HOME, {STATES}, {"torch"}),
+    "gates_xlstm": Module(HOME, {STATES, COMMON}, {"torch"}),
     "memory_xlstm": Module(HOME, {CONFIG, STATES, "modeling_xlstm"}, {"torch"}),
     "recurrent_xlstm": Module(HOME, {STATES, COMMON, "ops_mlstm", "ops_slstm", "layers_xlstm"}, {"torch"}),
     "sequence_xlstm": Module(HOME, {CONFIG, "modeling_xlstm", "forecasting_xlstm"}, {"torch"}),

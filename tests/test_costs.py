@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_xlstm import XLSTMForCausalLM
 from modeling_xlstm.costs_xlstm import flops_per_token, known_peak_flops, measured_peak_flops
 from modeling_xlstm.gates_xlstm import GateStatistics
+from modeling_xlstm.ops_common import soft_cap
 from modeling_xlstm.states_xlstm import Call
 
 
@@ -63,7 +64,9 @@ def pre_activations(model: Any, ids: torch.Tensor) -> list[list[torch.Tensor]]:
             out, state = block(token, Call(state, record=True))
             y.append(out)
             for gate in range(2):
-                z = state.tape.inputs[gate if hasattr(block.mixer, "recurrent") else 3 + gate][:, 0]
+                slstm = hasattr(block.mixer, "recurrent")
+                z = state.tape.inputs[gate if slstm else 3 + gate][:, 0]
+                z = z if slstm else soft_cap(z, model.config.gate_soft_cap)
                 if h is not None:
                     z = z + torch.einsum("bhi,hoi->bho", h, block.mixer.recurrent[gate])
                 pair[gate].append(z)
