@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops_common import soft_cap
+from .ops_lean import soft_cap
 from .states_xlstm import Call, CellInputs, CellRun, LayerState, SLSTMState
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .configuration_xlstm import XLSTMConfig
+from .ops_lean import project, rms_norm
 from .ops_mlstm import mlstm, mlstm_step_
 from .ops_slstm import slstm
 from .states_xlstm import Call, CellInputs, LayerState, MLSTMState, SLSTMState
@@ -31,7 +32,7 @@ class RMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        x = rms_norm(x, self.weight, self.eps)
         return x if self.bias is None else x + self.bias
 
 
@@ -188,9 +189,12 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.ffn_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self.up_proj(x)
-        hidden = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up
-        return self.dropout(self.down_proj(hidden))
+        inputs = (self.up_proj(x),) if self.gate_proj is None else (self.up_proj(x), self.gate_proj(x))
+        return self.dropout(project(self.down_proj, self._hidden, *inputs))
+
+    def _hidden(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
+        hidden: Tensor = self.act(up) if gate is None else self.act(gate) * up
+        return hidden
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +272,7 @@ def run_slstm(
 
 
 class MLSTMHeads(nn.Module):
-    """What both mLSTM layers share: the cell and its head norm, [B, T, H, .] -> [B, T, H * V]."""
+    """What both mLSTM layers share: the cell, [B, T, H, .] -> [B, T, H, V], and its head norm."""
 
     def __init__(self, config: XLSTMConfig, window: int):
         super().__init__()
@@ -285,8 +289,7 @@ class MLSTMHeads(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         # Counted, not `num_heads`: under tensor parallelism a process has some of the heads.
         heads = (x.unflatten(-1, (gates[0].shape[-1], -1)) for x in qkv)
-        h, state = call.run(run_mlstm, (*heads, *gates, conv_inputs, call.reset), self.options)
-        return self.norm(h), state
+        return call.run(run_mlstm, (*heads, *gates, conv_inputs, call.reset), self.options)
 
 
 class MLSTMLayer(nn.Module):
@@ -308,7 +311,10 @@ class MLSTMLayer(nn.Module):
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:
         qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         h, state = self.cell(qkv, (self.igate(x), self.fgate(x)), None, call)
-        return self.dropout(self.out_proj(torch.sigmoid(self.ogate(x)) * h)), state
+        return self.dropout(project(self.out_proj, self._read_out, h, self.ogate(x))), state
+
+    def _read_out(self, h: Tensor, o_tilde: Tensor) -> Tensor:
+        return torch.sigmoid(o_tilde) * self.cell.norm(h)
 
 
 class UpMLSTMLayer(nn.Module):
@@ -336,7 +342,10 @@ class UpMLSTMLayer(nn.Module):
         qkv = self.q_proj(c), self.k_proj(c), self.v_proj(a)
         g = torch.cat(qkv, -1)
         h, state = self.cell(qkv, (self.igate(g), self.fgate(g)), a, call)
-        return self.dropout(self.down_proj((h + self.skip * c) * F.silu(z))), state
+        return self.dropout(project(self.down_proj, self._read_out, h, c, z)), state
+
+    def _read_out(self, h: Tensor, c: Tensor, z: Tensor) -> Tensor:
+        return (self.cell.norm(h) + self.skip * c) * F.silu(z)
 
 
 class SLSTMLayer(nn.Module):

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.generation import GenerationMixin
-from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -22,7 +21,7 @@ from .configuration_xlstm import XLSTMConfig
 from .debug_xlstm import check_finite
 from .decoding_xlstm import DecodeLoop
 from .layers_xlstm import block_norm
-from .ops_common import soft_cap
+from .ops_lean import cross_entropy, soft_cap
 from .pretrained_xlstm import XLSTMPreTrainedModel
 from .states_xlstm import Call, LayerState
 from .step_xlstm import can_step, step
@@ -203,13 +202,14 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Transformers' `ForCausalLMLoss`, but logits wider than float32 stay as wide as they are."""
+    """Transformers' `ForCausalLMLoss`, but logits wider than float32 stay as wide; no other tensor as large is kept."""
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(-1, vocab_size)
     targets = shift_labels.reshape(-1).to(logits.device)
-    loss: Tensor = fixed_cross_entropy(logits, targets, num_items_in_batch, ignore_index, **kwargs)
-    return loss
+    total = cross_entropy(logits.view(-1, vocab_size), targets, ignore_index)
+    if num_items_in_batch is None:
+        return total / (targets != ignore_index).sum()
+    return total / torch.as_tensor(num_items_in_batch, device=total.device)
 
 
 class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):

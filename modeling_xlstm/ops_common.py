@@ -101,11 +101,6 @@ def check_gates(input_gate: str, gate_soft_cap: float | None = None) -> None:
         raise ValueError(f"`input_gate` must be 'exp', 'sigmoid' or 'exp_both'; got {input_gate!r}.")
 
 
-def soft_cap(x: Tensor, cap: float | None) -> Tensor:
-    """Bound x smoothly to +-cap: cap * tanh(x / cap); None leaves it."""
-    return x if cap is None else cap * torch.tanh(x / cap)
-
-
 def log_gates(i_tilde: Tensor, f_tilde: Tensor, input_gate: str) -> tuple[Tensor, Tensor]:
     """Natural logs of the input and the forget gate, from their pre-activations."""
     log_i = F.logsigmoid(i_tilde) if input_gate == "sigmoid" else i_tilde

@@ -15,9 +15,9 @@ from .ops_common import (
     disagreement,
     mark_tokens,
     self_check,
-    soft_cap,
     without_autocast,
 )
+from .ops_lean import soft_cap
 from .ops_mlstm_reference import mlstm_chunkwise, mlstm_recurrent
 from .ops_mlstm_torch import mlstm_chunkwise_torch, mlstm_step_torch
 from .states_xlstm import MLSTMState

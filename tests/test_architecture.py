@@ -24,10 +24,12 @@ class Module(NamedTuple):
 
 HOME = 9  # stays with the package; everything below it travels with every checkpoint
 CONFIG, STATES, COMMON, TOKENS = "configuration_xlstm", "states_xlstm", "ops_common", "tokens_xlstm"
+LEAN = "ops_lean"
 TRAVELLING = {
     CONFIG: Module(0, set(), {"transformers", "huggingface_hub"}),
     STATES: Module(0, set(), {"torch"}),
     COMMON: Module(0, set(), {"torch"}),
+    LEAN: Module(0, set(), {"torch"}),
     TOKENS: Module(0, set(), {"torch"}),
     "ops_mlstm_reference": Module(1, {STATES, COMMON}, {"torch"}),
     "ops_slstm_reference": Module(1, {STATES, COMMON}, {"torch"}),
@@ -38,24 +40,26 @@ TRAVELLING = {
     "ops_mlstm_triton": Module(
         2, {STATES, COMMON, "ops_mlstm_triton_fwd", "ops_mlstm_triton_bwd"}, {"torch", "triton"}
     ),
-    "ops_mlstm": Module(3, {STATES, COMMON, "ops_mlstm_reference", "ops_mlstm_torch", "ops_mlstm_triton"}, {"torch"}),
+    "ops_mlstm": Module(
+        3, {STATES, COMMON, LEAN, "ops_mlstm_reference", "ops_mlstm_torch", "ops_mlstm_triton"}, {"torch"}
+    ),
     "ops_slstm_triton_kernels": Module(0, set(), {"triton"}),
     "ops_slstm_triton": Module(2, {STATES, COMMON, "ops_slstm_triton_kernels"}, {"torch", "triton"}),
     "ops_slstm": Module(3, {STATES, COMMON, "ops_slstm_reference", "ops_slstm_torch", "ops_slstm_triton"}, {"torch"}),
-    "layers_xlstm": Module(4, {CONFIG, STATES, "ops_mlstm", "ops_slstm"}, {"torch", "transformers"}),
+    "layers_xlstm": Module(4, {CONFIG, STATES, LEAN, "ops_mlstm", "ops_slstm"}, {"torch", "transformers"}),
     "blocks_xlstm": Module(5, {CONFIG, STATES, "layers_xlstm"}, {"torch", "transformers"}),
     "statefile_xlstm": Module(1, {CONFIG, STATES}, {"torch", "safetensors"}),
     "cache_xlstm": Module(5, {CONFIG, STATES, "statefile_xlstm"}, {"torch", "transformers"}),
     "tokens_xlstm": Module(4, set(), {"torch"}),
     "debug_xlstm": Module(5, {STATES}, {"torch"}),
     "step_xlstm": Module(
-        6, {STATES, COMMON, "ops_mlstm_torch", "ops_slstm_torch", "layers_xlstm", "blocks_xlstm"}, {"torch"}
+        6, {STATES, LEAN, "ops_mlstm_torch", "ops_slstm_torch", "layers_xlstm", "blocks_xlstm"}, {"torch"}
     ),
     "pretrained_xlstm": Module(5, {CONFIG, "layers_xlstm"}, {"torch", "transformers"}),
     "decoding_xlstm": Module(6, {STATES, "cache_xlstm"}, {"torch", "transformers"}),
     "modeling_xlstm": Module(
         7,
-        {CONFIG, STATES, COMMON, TOKENS, "layers_xlstm", "blocks_xlstm", "step_xlstm", "cache_xlstm", "debug_xlstm"}
+        {CONFIG, STATES, LEAN, TOKENS, "layers_xlstm", "blocks_xlstm", "step_xlstm", "cache_xlstm", "debug_xlstm"}
         | {"decoding_xlstm", "pretrained_xlstm"},
         {"torch", "transformers"},
     ),
@@ -70,7 +74,7 @@ MODULES = {
     "tuning_xlstm": Module(HOME, {"cache_xlstm", STATES}, {"torch"}),
     "quantization_xlstm": Module(HOME, set(), {"torch", "transformers", "torchao"}),
     "costs_xlstm": Module(HOME, {CONFIG, "layers_xlstm", "modeling_xlstm"}, {"torch"}),
-    "gates_xlstm": Module(HOME, {STATES, COMMON}, {"torch"}),
+    "gates_xlstm": Module(HOME, {STATES, LEAN}, {"torch"}),
     "memory_xlstm": Module(HOME, {CONFIG, STATES, "modeling_xlstm"}, {"torch"}),
     "recurrent_xlstm": Module(HOME, {STATES, COMMON, "ops_mlstm", "ops_slstm", "layers_xlstm"}, {"torch"}),
     "sequence_xlstm": Module(HOME, {CONFIG, "modeling_xlstm", "forecasting_xlstm"}, {"torch"}),
@@ -262,7 +266,9 @@ def test_the_two_op_families_and_transformers_stay_apart() -> None:
     for name, row in MODULES.items():
         if name.startswith("ops_"):
             assert "transformers" not in row.others
-            assert not {to for to in row.ours if to.startswith("ops_") and to[4] != name[4] and to != COMMON}
+            assert not {
+                to for to in row.ours if to.startswith("ops_") and to[4] != name[4] and to not in (COMMON, LEAN)
+            }
 
 
 def test_the_package_is_flat_and_holds_only_python() -> None:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_xlstm import XLSTMForCausalLM
 from modeling_xlstm.costs_xlstm import flops_per_token, known_peak_flops, measured_peak_flops
 from modeling_xlstm.gates_xlstm import GateStatistics
-from modeling_xlstm.ops_common import soft_cap
+from modeling_xlstm.ops_lean import soft_cap
 from modeling_xlstm.states_xlstm import Call
 
 

@@ -332,10 +332,10 @@ def make_checkpoints(folder: Path) -> dict[str, Any]:
     # The same weights and configuration, with code whose soft cap gives twice as much, and so do its logits.
     for copy in (folder / "changed", folder / "other" / "lm"):
         shutil.copytree(folder / "lm", copy)
-        source = (copy / "ops_common.py").read_text("utf-8")
+        source = (copy / "ops_lean.py").read_text("utf-8")
         assert source.count("cap * torch.tanh(x / cap)") == 1
         source = source.replace("cap * torch.tanh(x / cap)", "2.0 * cap * torch.tanh(x / cap)")
-        (copy / "ops_common.py").write_text(source, "utf-8")
+        (copy / "ops_lean.py").write_text(source, "utf-8")
     return made
 
 
