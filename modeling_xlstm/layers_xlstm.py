@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .configuration_xlstm import XLSTMConfig
-from .ops_lean import project, rms_norm
+from .ops_lean import make_again, project, rms_norm
 from .ops_mlstm import mlstm, mlstm_step_
 from .ops_slstm import slstm
 from .states_xlstm import Call, CellInputs, LayerState, MLSTMState, SLSTMState
@@ -119,6 +119,9 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor, state: LayerState | None, reset: Tensor | None) -> Tensor:
+        return make_again(lambda x: self._convolve(x, state, reset), x)
+
+    def _convolve(self, x: Tensor, state: LayerState | None, reset: Tensor | None) -> Tensor:
         B, T, D = x.shape
         W = self.window
         x = with_past(x, state, W)
@@ -340,8 +343,8 @@ class UpMLSTMLayer(nn.Module):
         a, z = self.up_proj(x).chunk(2, -1)
         c = self.conv(a, call.state, call.reset)
         qkv = self.q_proj(c), self.k_proj(c), self.v_proj(a)
-        g = torch.cat(qkv, -1)
-        h, state = self.cell(qkv, (self.igate(g), self.fgate(g)), a, call)
+        g = torch.cat(qkv, -1)  # the gates keep it, so the cell is given parts of it and keeps no others
+        h, state = self.cell(g.chunk(3, -1), (self.igate(g), self.fgate(g)), a, call)
         return self.dropout(project(self.down_proj, self._read_out, h, c, z)), state
 
     def _read_out(self, h: Tensor, c: Tensor, z: Tensor) -> Tensor:
