@@ -119,12 +119,12 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor, state: LayerState | None, reset: Tensor | None) -> Tensor:
-        return make_again(lambda x: self._convolve(x, state, reset), x)
+        return make_again(self._convolve, (self,), x, None if state is None else state.conv, reset)
 
-    def _convolve(self, x: Tensor, state: LayerState | None, reset: Tensor | None) -> Tensor:
+    def _convolve(self, x: Tensor, past: Tensor | None, reset: Tensor | None) -> Tensor:
         B, T, D = x.shape
         W = self.window
-        x = with_past(x, state, W)
+        x = with_past(x, past, W)
         if T == 1 and reset is None:
             return F.silu((x * self.weight[:, 0].T).sum(1, keepdim=True) + self.bias)
         document = None if reset is None else F.pad(reset.cumsum(1), (W - 1, 0))[..., None]  # [B, W - 1 + T, 1]
@@ -137,9 +137,8 @@ class CausalConv(nn.Module):
         return F.silu(y)
 
 
-def with_past(x: Tensor, state: LayerState | None, window: int) -> Tensor:
+def with_past(x: Tensor, past: Tensor | None, window: int) -> Tensor:
     """The inputs a convolution looks back on, then those of the tokens: [B, W - 1 + T, D]."""
-    past = None if state is None else state.conv
     if past is not None and past.device != x.device:
         raise ValueError(
             f"The state must be on {x.device} as the input is; got {past.device}. Use `.to()` on the cache."
@@ -162,11 +161,11 @@ def last_inputs(
     """
     if x is None:
         return None
-    W = window
+    W, past = window, None if state is None else state.conv
     if lengths is None and reset is None:
-        x = x if x.shape[1] >= W - 1 else with_past(x, state, W)
+        x = x if x.shape[1] >= W - 1 else with_past(x, past, W)
         return x[:, 1 - W :].clone()  # a view would keep the whole sequence
-    x = with_past(x, state, W)
+    x = with_past(x, past, W)
     if lengths is None:
         lengths = torch.full(x.shape[:1], x.shape[1] - W + 1, device=x.device)
     index = (lengths[:, None] + torch.arange(W - 1, device=x.device))[..., None]  # [B, W - 1, 1]
@@ -193,7 +192,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = (self.up_proj(x),) if self.gate_proj is None else (self.up_proj(x), self.gate_proj(x))
-        return self.dropout(project(self.down_proj, self._hidden, *inputs))
+        return self.dropout(project(self.down_proj, self._hidden, (self.act,), *inputs))
 
     def _hidden(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
         hidden: Tensor = self.act(up) if gate is None else self.act(gate) * up
@@ -314,7 +313,7 @@ class MLSTMLayer(nn.Module):
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:
         qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         h, state = self.cell(qkv, (self.igate(x), self.fgate(x)), None, call)
-        return self.dropout(project(self.out_proj, self._read_out, h, self.ogate(x))), state
+        return self.dropout(project(self.out_proj, self._read_out, (self.cell.norm,), h, self.ogate(x))), state
 
     def _read_out(self, h: Tensor, o_tilde: Tensor) -> Tensor:
         return torch.sigmoid(o_tilde) * self.cell.norm(h)
@@ -345,10 +344,11 @@ class UpMLSTMLayer(nn.Module):
         qkv = self.q_proj(c), self.k_proj(c), self.v_proj(a)
         g = torch.cat(qkv, -1)  # the gates keep it, so the cell is given parts of it and keeps no others
         h, state = self.cell(g.chunk(3, -1), (self.igate(g), self.fgate(g)), a, call)
-        return self.dropout(project(self.down_proj, self._read_out, h, c, z)), state
+        y = project(self.down_proj, self._read_out, (self.cell.norm,), h, c, z, self.skip)
+        return self.dropout(y), state
 
-    def _read_out(self, h: Tensor, c: Tensor, z: Tensor) -> Tensor:
-        return (self.cell.norm(h) + self.skip * c) * F.silu(z)
+    def _read_out(self, h: Tensor, c: Tensor, z: Tensor, skip: Tensor) -> Tensor:
+        return (self.cell.norm(h) + skip * c) * F.silu(z)
 
 
 class SLSTMLayer(nn.Module):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,26 +13,55 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
-def make_again(make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def make_again(make: Callable[..., Tensor], modules: Iterable[nn.Module], *inputs: Tensor | None) -> Tensor:
     """make(*inputs), of which the inputs alone are kept; the backward pass makes again what it needs of the rest.
 
-    It stops at the last tensor that is needed, so a product at the end of `make` is not computed twice. `make` draws no
-    random numbers. A compiler chooses for itself what to keep.
+    It stops at the last tensor that is needed, so a product at the end of `make` is not computed twice. A compiler
+    chooses for itself what to keep.
+
+    Args:
+        make: cheap, and draws no random numbers.
+        modules: whose weights `make` reads. They are inputs too: the backward pass takes those of the forward pass,
+            and raises as everywhere if they were written over.
+        inputs: tensors or None.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return make(*inputs)
-    made: Tensor = checkpoint(make, *inputs, use_reentrant=False, preserve_rng_state=False)
+    owners = [part._parameters for module in modules for part in module.modules()]
+    places = [(owner, name) for owner in owners for name, weight in owner.items() if weight is not None]
+
+    def run(*given: Any) -> Tensor:
+        with _weights_in(places, given[len(inputs) :]):
+            return make(*given[: len(inputs)])
+
+    weights = (owner[name] for owner, name in places)
+    made: Tensor = checkpoint(run, *inputs, *weights, use_reentrant=False, preserve_rng_state=False)
     return made
 
 
-def project(linear: nn.Module, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+@contextlib.contextmanager
+def _weights_in(places: list[tuple[dict[str, Any], str]], weights: tuple[Tensor, ...]) -> Iterator[None]:
+    """Other weights in the places of modules' own."""
+    own = [owner[name] for owner, name in places]
+    try:
+        for (owner, name), weight in zip(places, weights, strict=True):
+            owner[name] = weight
+        yield
+    finally:
+        for (owner, name), weight in zip(places, own, strict=True):
+            owner[name] = weight
+
+
+def project(
+    linear: nn.Module, make: Callable[..., Tensor], modules: Iterable[nn.Module], *inputs: Tensor | None
+) -> Tensor:
     """linear(make(*inputs)), of which the inputs alone are kept; see `make_again`.
 
     A projection that is more than its product (adapters, hooks, quantised weights) runs once and keeps its own input.
     """
     if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not is_hooked(linear):
-        return make_again(lambda *xs: linear(make(*xs)), *inputs)
-    projected: Tensor = linear(make_again(make, *inputs))
+        return make_again(lambda *xs: linear(make(*xs)), (*modules, linear), *inputs)
+    projected: Tensor = linear(make_again(make, modules, *inputs))
     return projected
 
 

@@ -124,7 +124,7 @@ def test_layers_that_make_again_have_the_gradients_of_layers_that_keep(
         return kept(lambda: layer(x) if kind is FeedForward else layer(x, Call())[0], x, layer)
 
     lean, fewer = run(), count()
-    monkeypatch.setattr("modeling_xlstm.ops_lean.make_again", lambda make, *inputs: make(*inputs))
+    monkeypatch.setattr("modeling_xlstm.ops_lean.make_again", lambda make, modules, *inputs: make(*inputs))
     assert_identical(run(), lean)
     assert fewer < count()
 
@@ -146,12 +146,14 @@ def test_only_a_plain_projection_is_entered_twice() -> None:
     hooked.register_forward_pre_hook(lambda *_: calls.append(1))
     for module in (linear, counted, hooked):
         module.load_state_dict(linear.state_dict())
-        y = project(module, lambda x: x.sigmoid().square(), x)
+        y = project(module, lambda x: x.sigmoid().square(), (), x)
         plain = linear(x.sigmoid().square())
         assert_identical(y, plain)
         assert_identical(gradients(y, x, *module.parameters()), gradients(plain, x, *linear.parameters()))
     assert (counted.calls, len(calls)) == (1, 1)
-    sizes = [kept(lambda module=module: project(module, torch.sigmoid, x), x, module) for module in (linear, counted)]  # type: ignore[misc]
+    sizes = [
+        kept(lambda module=module: project(module, torch.sigmoid, (), x), x, module) for module in (linear, counted)
+    ]  # type: ignore[misc]
     assert sizes == [0, x.nbytes]
 
 
@@ -169,7 +171,7 @@ class Computed(TorchDispatchMode):
 
 def test_the_product_itself_is_not_computed_again() -> None:
     x, linear = torch.randn(5, 4, requires_grad=True), nn.Linear(4, 3)
-    y = project(linear, torch.sigmoid, x)
+    y = project(linear, torch.sigmoid, (), x)
     with Computed() as computed:
         y.sum().backward()
     assert "sigmoid" in computed.names
@@ -177,10 +179,34 @@ def test_the_product_itself_is_not_computed_again() -> None:
     assert computed.names.count("mm") == 2  # the gradients of input and weight
 
 
+def scaled(norm: nn.Module, x: Tensor) -> Tensor:
+    return make_again(lambda x: norm(x).sigmoid(), (norm,), x)
+
+
+def test_the_backward_pass_takes_the_weights_of_the_forward_pass() -> None:
+    x, norm = torch.randn(5, 4, requires_grad=True), nn.LayerNorm(4)
+    other = {"weight": torch.full((4,), 2.0, requires_grad=True), "bias": torch.ones(4, requires_grad=True)}
+    plain = F.layer_norm(x, (4,), *other.values()).sigmoid()
+    with torch.nn.utils.stateless._reparametrize_module(norm, other):
+        y = scaled(norm, x)
+    own = norm.weight
+    assert_identical(gradients(y, x, *other.values()), gradients(plain, x, *other.values()))
+    assert norm.weight is own
+
+
+def test_weights_written_over_before_the_backward_pass_raise() -> None:
+    x, norm = torch.randn(5, 4, requires_grad=True), nn.LayerNorm(4)
+    y = scaled(norm, x)
+    with torch.no_grad():
+        norm.weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_nothing_is_made_again_without_gradients() -> None:
     calls: list[int] = []
     with torch.no_grad():
-        make_again(lambda x: calls.append(1) or x.sigmoid(), torch.ones(2, requires_grad=True))  # type: ignore[func-returns-value]
+        make_again(lambda x: calls.append(1) or x.sigmoid(), (), torch.ones(2, requires_grad=True))  # type: ignore[func-returns-value]
     assert calls == [1]
 
 
@@ -218,7 +244,7 @@ def test_adapters_train_as_they_do_where_everything_is_kept(style: str, monkeypa
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
     lean = run()
-    monkeypatch.setattr("modeling_xlstm.ops_lean.make_again", lambda make, *inputs: make(*inputs))
+    monkeypatch.setattr("modeling_xlstm.ops_lean.make_again", lambda make, modules, *inputs: make(*inputs))
     assert_identical(run(), lean)
 
 
@@ -234,5 +260,5 @@ def test_mixed_precision_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch)
         return {name: p.grad for name, p in model.named_parameters()}
 
     lean = run()
-    monkeypatch.setattr("modeling_xlstm.ops_lean.make_again", lambda make, *inputs: make(*inputs))
+    monkeypatch.setattr("modeling_xlstm.ops_lean.make_again", lambda make, modules, *inputs: make(*inputs))
     assert_identical(run(), lean)
