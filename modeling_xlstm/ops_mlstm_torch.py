@@ -152,14 +152,13 @@ class _Chunks(torch.autograd.Function):
         C: Tensor, n: Tensor, seen: Tensor, eps: float,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         H, B, N, _ = a.shape
-        h, state = a.new_empty(v.shape), [x.transpose(0, 1).clone() for x in (C, n)]
+        h, state = v.new_empty(v.shape), [x.transpose(0, 1).clone() for x in (C, n)]
         before = [x.new_empty(H, B, N, *x.shape[2:]) for x in state] if any(ctx.needs_input_grad) else []
         normalisers = [torch.empty_like(a), torch.empty_like(a)]
         qkv = [_by_chunk(x, N) for x in (q, k, v)]
         for part in _blocks(a.shape, (q.shape[-1], v.shape[-1])):
             weights = _Weights(*(_take(x, part) for x in (a, M, carry, write, floor)))
-            tokens = [_take(x, part).to(a.dtype) for x in qkv]
-            given = tokens, weights, _see(seen, part), [x[part[:2]] for x in state]
+            given = [_take(x, part) for x in qkv], weights, _see(seen, part), [x[part[:2]] for x in state]
             h_block, after, block_before, block_normalisers = _read_and_write(*given, eps)
             _put(
                 [_by_chunk(h, N), *normalisers, *before],
@@ -186,7 +185,7 @@ class _Chunks(torch.autograd.Function):
         for part in _blocks(qn.shape, (q.shape[-1], v.shape[-1]), reverse=True):
             block_weights = _Weights(*(_take(x, part) for x in weights))
             saved = C_before[part], n_before[part], _take(qn, part), _take(normaliser, part)
-            given = [_take(x, part).to(qn.dtype) for x in tokens], block_weights, _see(seen, part), saved
+            given = [_take(x, part) for x in tokens], block_weights, _see(seen, part), saved
             made, before = _differentiate(*given, [x[part[:2]] for x in dstate])
             _put([*gradients, *dweights], part, made)
             _put(dstate, part[:2], before)
@@ -337,8 +336,8 @@ def mlstm_chunkwise_torch(
     """All chunks of a block together. Arguments and results as in `ops_mlstm.mlstm`; can be differentiated once."""
     B, T, H, K = q.shape
     dtype = compute_dtype(v, state)
-    i_tilde, f_tilde = i_tilde.to(dtype), f_tilde.to(dtype)  # q, k, v are widened block by block, and kept as they are
-    C, n, m = MLSTMState.zeros(B, H, K, v.shape[-1], like=i_tilde) if state is None else (x.to(dtype) for x in state)
+    q, k, v, i_tilde, f_tilde = (x.to(dtype) for x in (q, k, v, i_tilde, f_tilde))
+    C, n, m = MLSTMState.zeros(B, H, K, v.shape[-1], like=v) if state is None else (x.to(dtype) for x in state)
     N = math.ceil(T / chunk_size)
     L = math.ceil(T / N)  # the last chunk is nearly full
     missing = N * L - T
