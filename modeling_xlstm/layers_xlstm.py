@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .configuration_xlstm import XLSTMConfig
-from .ops_lean import make_again, project, rms_norm
+from .ops_lean import project, rms_norm
 from .ops_mlstm import mlstm, mlstm_step_
 from .ops_slstm import slstm
 from .states_xlstm import Call, CellInputs, LayerState, MLSTMState, SLSTMState
@@ -119,12 +119,9 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor, state: LayerState | None, reset: Tensor | None) -> Tensor:
-        return make_again(self._convolve, (self,), x, None if state is None else state.conv, reset)
-
-    def _convolve(self, x: Tensor, past: Tensor | None, reset: Tensor | None) -> Tensor:
         B, T, D = x.shape
         W = self.window
-        x = with_past(x, past, W)
+        x = with_past(x, state, W)
         if T == 1 and reset is None:
             return F.silu((x * self.weight[:, 0].T).sum(1, keepdim=True) + self.bias)
         document = None if reset is None else F.pad(reset.cumsum(1), (W - 1, 0))[..., None]  # [B, W - 1 + T, 1]
@@ -137,8 +134,9 @@ class CausalConv(nn.Module):
         return F.silu(y)
 
 
-def with_past(x: Tensor, past: Tensor | None, window: int) -> Tensor:
+def with_past(x: Tensor, state: LayerState | None, window: int) -> Tensor:
     """The inputs a convolution looks back on, then those of the tokens: [B, W - 1 + T, D]."""
+    past = None if state is None else state.conv
     if past is not None and past.device != x.device:
         raise ValueError(
             f"The state must be on {x.device} as the input is; got {past.device}. Use `.to()` on the cache."
@@ -161,11 +159,11 @@ def last_inputs(
     """
     if x is None:
         return None
-    W, past = window, None if state is None else state.conv
+    W = window
     if lengths is None and reset is None:
-        x = x if x.shape[1] >= W - 1 else with_past(x, past, W)
+        x = x if x.shape[1] >= W - 1 else with_past(x, state, W)
         return x[:, 1 - W :].clone()  # a view would keep the whole sequence
-    x = with_past(x, past, W)
+    x = with_past(x, state, W)
     if lengths is None:
         lengths = torch.full(x.shape[:1], x.shape[1] - W + 1, device=x.device)
     index = (lengths[:, None] + torch.arange(W - 1, device=x.device))[..., None]  # [B, W - 1, 1]

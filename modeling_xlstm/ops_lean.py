@@ -17,17 +17,18 @@ def make_again(make: Callable[..., Tensor], modules: Iterable[nn.Module], *input
     """make(*inputs), of which the inputs alone are kept; the backward pass makes again what it needs of the rest.
 
     It stops at the last tensor that is needed, so a product at the end of `make` is not computed twice. A compiler
-    chooses for itself what to keep.
+    chooses for itself what to keep, and where a module has hooks, which may count its calls, everything is kept.
 
     Args:
         make: cheap, and draws no random numbers.
-        modules: whose weights `make` reads. They are inputs too: the backward pass takes those of the forward pass,
-            and raises as everywhere if they were written over.
+        modules: that `make` calls. Their weights are inputs too: the backward pass takes those of the forward pass, and
+            raises as everywhere if they were written over.
         inputs: tensors or None.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    parts = [part for module in modules for part in module.modules()]
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or any(map(is_hooked, parts)):
         return make(*inputs)
-    owners = [part._parameters for module in modules for part in module.modules()]
+    owners = (part._parameters for part in parts)
     places = [(owner, name) for owner in owners for name, weight in owner.items() if weight is not None]
 
     def run(*given: Any) -> Tensor:
@@ -67,8 +68,9 @@ def project(
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of the module does more than the `forward` of its class."""
-    attributes = module.__dict__
-    return bool(attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes)
+    attributes, every = module.__dict__, nn.modules.module
+    own = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes
+    return bool(own or every._global_forward_hooks or every._global_forward_pre_hooks)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -28,7 +28,7 @@ from .layers_xlstm import (
     SLSTMLayer,
     UpMLSTMLayer,
 )
-from .ops_lean import is_hooked, soft_cap
+from .ops_lean import soft_cap
 from .ops_mlstm_torch import mlstm_step_torch
 from .ops_slstm_torch import slstm_step_torch
 from .states_xlstm import LayerState, MLSTMState, SLSTMState
@@ -52,10 +52,10 @@ def can_step(blocks: Iterable[nn.Module], x: Tensor) -> bool:
 def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether all that a module does is written here; an activation is called, whichever it is."""
     attributes = module.__dict__
-    if attributes["training"] or is_hooked(module):
+    if attributes["training"] or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
         return False
     parameters, children = attributes["_parameters"], attributes["_modules"]
-    if module.__class__ not in _KNOWN and (parameters or children):
+    if "forward" in attributes or (module.__class__ not in _KNOWN and (parameters or children)):
         return False
     for p in parameters.values():
         if p is not None and (p.__class__ is not nn.Parameter or p.dtype is not dtype or not p.is_cpu):

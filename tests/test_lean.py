@@ -203,6 +203,14 @@ def test_weights_written_over_before_the_backward_pass_raise() -> None:
         y.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["down_proj", "act"])
+def test_hooks_are_called_once(name: str) -> None:
+    layer, calls = FeedForward(tiny_config()), []
+    layer.get_submodule(name).register_forward_pre_hook(lambda *_: calls.append(1))
+    layer(torch.randn(2, 5, 16, requires_grad=True)).sum().backward()
+    assert calls == [1]
+
+
 def test_nothing_is_made_again_without_gradients() -> None:
     calls: list[int] = []
     with torch.no_grad():
