@@ -86,9 +86,12 @@ def _weigh_tokens(
     return _Weights(a, M, _weigh(start - base - M) * reached, _weigh(late), _floor(b + M)), m
 
 
+_HIGHEST = {dtype: math.log(torch.finfo(dtype).max) - 3 for dtype in (torch.float32, torch.float64)}
+
+
 def _floor(m: Tensor) -> Tensor:
     """exp(-m), bounded: of a very negative m it would be infinite, and the gradient of x / infinity 0 * infinity."""
-    return torch.exp((-m).clamp(max=math.log(torch.finfo(m.dtype).max) - 3))
+    return (-m).clamp(max=_HIGHEST[m.dtype]).exp_()
 
 
 def _stabilisers(
@@ -368,23 +371,23 @@ def mlstm_step_torch(
 ) -> tuple[Tensor, MLSTMState]:
     """One token in few operations, C read and written once. Arguments and results as in `ops_mlstm.mlstm`."""
     B, _, H, K = q.shape
-    V = v.shape[-1]
+    V, rows = v.shape[-1], B * H
     dtype = compute_dtype(v, state)
-    q, k, v, i_tilde, f_tilde = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v, i_tilde, f_tilde))
-    C, n, m = MLSTMState.zeros(B, H, K, V, like=v) if state is None else (x.to(dtype) for x in state)
+    state = MLSTMState.zeros(B, H, K, V, like=v) if state is None else state
+    given = (q, k, v, i_tilde, f_tilde, *state)
+    q, k, v, i_tilde, f_tilde, C, n, m = (x if x.dtype is dtype else x.to(dtype) for x in given)
     if reset is not None:
         C, n, m = (x * ~reset.view(B, *(1,) * (x.dim() - 1)) for x in (C, n, m))
-    log_i, log_f = log_gates(i_tilde, f_tilde, input_gate)
-    m = m.unsqueeze(1)
+    # One row per head: views, for every operation costs more than the numbers it works on.
+    m = m.reshape(rows, 1, 1)
+    log_i, log_f = log_gates(i_tilde.reshape(rows, 1, 1), f_tilde.reshape(rows, 1, 1), input_gate)
     log_f = log_f + m
     m_next = m if input_gate == "sigmoid" else torch.maximum(log_f, log_i)
-    # One row per head from here on: views, for every operation costs more than the numbers it works on.
-    f_prime = torch.exp(log_f - m_next).view(B * H, 1, 1)
-    i_prime = torch.exp(log_i - m_next).view(B * H, 1, 1)
-    kw = k.reshape(B * H, K, 1) * i_prime
-    C = (C.reshape(B * H, K, V) * f_prime).addcmul_(kw, v.reshape(B * H, 1, V), value=K**-0.5)
-    n = (n.reshape(B * H, K, 1) * f_prime).add_(kw, alpha=K**-0.5)
-    q = q.reshape(B * H, 1, K)
-    normaliser = torch.maximum(torch.bmm(q, n).abs_(), _floor(m_next).view(B * H, 1, 1)).add_(eps)
+    f_prime, i_prime = (log_f - m_next).exp_(), (log_i - m_next).exp_()
+    kw = k.reshape(rows, K, 1) * i_prime
+    C = (C.reshape(rows, K, V) * f_prime).addcmul_(kw, v.reshape(rows, 1, V), value=K**-0.5)
+    n = (n.reshape(rows, K, 1) * f_prime).add_(kw, alpha=K**-0.5)
+    q = q.reshape(rows, 1, K)
+    normaliser = torch.maximum(torch.bmm(q, n).abs_(), _floor(m_next)).add_(eps)
     h = torch.bmm(q, C).div_(normaliser)
     return h.view(B, 1, H, V), MLSTMState(C.view(B, H, K, V), n.view(B, H, K), m_next.view(B, H))
