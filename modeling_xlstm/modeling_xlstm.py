@@ -309,6 +309,13 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:  # its drafts will be taken back
                 model_kwargs["past_key_values"].activate_past_recording()
 
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """As in Transformers, but a `compile_config` is honoured on every device, the CPU too."""
+        if generation_config.compile_config is not None:
+            generation_config.compile_config._compile_all_devices = True
+        allowed: bool = super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
+        return allowed
+
     def get_compiled_call(self, compile_config: Any) -> Any:
         """What `generate` decodes with where it may: steps in a CUDA graph, or compiled as it was told."""
         return self.decode_loop.bind(self, compile_config)
