@@ -71,8 +71,8 @@ def flops_per_token(config: XLSTMConfig, tokens: int) -> Flops:
         elif isinstance(module, (MLSTMLayer, UpMLSTMLayer)):
             H = config.num_heads
             K, V = config.qk_size // H, config.v_size // H
-            # Scores and their values in the chunk; the state written, and read with its normaliser.
-            cells += H * (2 * chunk * (K + V) + 4 * K * V + 2 * K)
+            # Scores and their values in the chunk; the state written and read.
+            cells += H * (2 * chunk * (K + V) + 4 * K * V)
     return Flops(projections, convolutions, cells, 2 * model.lm_head.weight.numel())
 
 

@@ -148,7 +148,9 @@ class DecodeLoop:
         """The model's forward for one `generate`: fast where a call is a plain decoding step, else the model's own."""
         obstacle = _model_obstacle(model)
         if obstacle:
-            logger.info("Decoding steps are launched one by one: %s.", obstacle)
+            # Who asked for compiled steps must hear that there are none.
+            level = logging.INFO if compile_config is None else logging.WARNING
+            logger.log(level, "Decoding steps are launched one by one: %s.", obstacle)
             return model.__call__
         made_for = (_fingerprint(model), repr(compile_config))
         with self.lock:

@@ -25,7 +25,7 @@ from .layers_xlstm import block_norm
 from .ops_common import soft_cap
 from .pretrained_xlstm import XLSTMPreTrainedModel
 from .states_xlstm import Call, LayerState
-from .step_xlstm import can_step, step
+from .step_xlstm import Stepper, StepPlan
 from .tokens_xlstm import TokenLayout, lay_out_tokens, next_real_tokens
 
 logger = logging.get_logger(__name__)
@@ -43,7 +43,13 @@ class XLSTMModel(XLSTMPreTrainedModel):
         self.layers = nn.ModuleList(XLSTMBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = block_norm(config) if config.add_out_norm else nn.Identity()
         self.gradient_checkpointing = False
+        self.stepper = Stepper()
         self.post_init()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> XLSTMModel:
+        self.stepper.plan = None  # it would keep the memory that weights move out of
+        super()._apply(*args, **kwargs)
+        return self
 
     @can_return_tuple
     def forward(
@@ -92,10 +98,13 @@ class XLSTMModel(XLSTMPreTrainedModel):
         past = 0 if cache is None else cache.get_seq_length()
         layout = lay_out_tokens((B, T), x.device, past, attention_mask, seq_idx, cu_seq_lens_q, position_ids)
 
-        layers = self.layers[: self.config.num_hidden_layers]  # fewer while drafting with `assistant_early_exit`
+        layers: Any = self.layers
+        if len(layers) != self.config.num_hidden_layers:  # fewer while drafting with `assistant_early_exit`
+            layers = layers[: self.config.num_hidden_layers]
         hidden: list[Tensor] = []
-        if T == 1 and self._decodes(layers, x, cache, layout) and not output_hidden_states:
-            y, states = step(layers, x[:, 0], cache.states)  # type: ignore[union-attr]
+        plan = None if T > 1 or output_hidden_states else self._plan_step(layers, x, cache, layout)
+        if plan is not None:
+            y, states = plan.run(x[:, 0], cache.states)  # type: ignore[union-attr]
             x = y[:, None]
         else:
             x, states = self._run_blocks(
@@ -110,12 +119,12 @@ class XLSTMModel(XLSTMPreTrainedModel):
             hidden_states=(*hidden, x) if output_hidden_states else None,
         )
 
-    def _decodes(self, layers: Any, x: Tensor, cache: XLSTMCache | None, layout: TokenLayout) -> bool:
-        """Whether a token may take the short way through the blocks."""
+    def _plan_step(self, layers: Any, x: Tensor, cache: XLSTMCache | None, layout: TokenLayout) -> StepPlan | None:
+        """The short way of a token through the blocks, where it may take it."""
         plain = cache is not None and cache.tokens_seen > 0 and layout.lengths is None and layout.reset is None
         if not plain or torch.is_grad_enabled() or cache.recording or self.config.debug:  # type: ignore[union-attr]
-            return False
-        return self.config.kernel_backend in ("auto", "torch") and can_step(layers, x)
+            return None
+        return self.stepper.plan_for(layers, x) if self.config.kernel_backend in ("auto", "torch") else None
 
     def _run_blocks(
         self, layers: Any, x: Tensor, cache: XLSTMCache | None, layout: TokenLayout, hidden: list[Tensor] | None
@@ -299,6 +308,13 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = XLSTMCache(self.config)
             if generation_config.is_assistant:  # its drafts will be taken back
                 model_kwargs["past_key_values"].activate_past_recording()
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """As in Transformers, but a `compile_config` is honoured on every device, the CPU too."""
+        if generation_config.compile_config is not None:
+            generation_config.compile_config._compile_all_devices = True
+        allowed: bool = super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
+        return allowed
 
     def get_compiled_call(self, compile_config: Any) -> Any:
         """What `generate` decodes with where it may: steps in a CUDA graph, or compiled as it was told."""

@@ -1,18 +1,18 @@
 """The mLSTM over a sequence in PyTorch, chunkwise, with a backward pass written by hand for the matrix products.
 
 The gates are small ([B, T, H]): autograd differentiates them, stabiliser and all, so the gradients are exact for every
-gate, reset and epsilon. The products are large: `_Chunks` takes many chunks together, keeps only its inputs and the
-state before each chunk, and computes the rest again in its backward pass.
+gate, reset and epsilon. The products are large: `_Chunks` takes some chunks together, few enough for the cache,
+keeps only its inputs and the state before each chunk, and computes the rest again in its backward pass.
 
-Letters: N chunks of L tokens, of which a block holds G. Gates are [H, B, N, L] here. `a` is a token's log input gate
-relative to the decay b up to it, `M` the stabiliser relative to b.
+Letters: N chunks of L tokens, of which a block holds G. Gates are [H, B, N, L], in `_Chunks` [N, H, B, L]. `a` is a
+token's log input gate relative to the decay b up to it, `M` the stabiliser relative to b.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,13 +42,14 @@ class _Weights(NamedTuple):
     floor: Tensor
 
 
-def _weigh(x: Tensor) -> Tensor:
+def _weigh(x: Tensor, inplace: bool = False) -> Tensor:
     """exp(x), but 0 below e^-60, which is less than rounding beside the weights that count.
 
     Products of numbers that are too small to be normal take a hundred times as long, and so does exp of infinities.
     """
     highest = math.log(torch.finfo(x.dtype).max) - 3  # only what is masked afterwards may be above
-    return F.threshold(x.clamp(-60.0, highest).exp(), math.exp(-59.9), 0.0)
+    x = x.clamp_(-60.0, highest).exp_() if inplace else x.clamp(-60.0, highest).exp()
+    return F.threshold(x, math.exp(-59.9), 0.0, inplace)
 
 
 def _visible(document: Tensor | None, L: int, device: torch.device) -> Tensor:
@@ -86,9 +87,12 @@ def _weigh_tokens(
     return _Weights(a, M, _weigh(start - base - M) * reached, _weigh(late), _floor(b + M)), m
 
 
+_HIGHEST = {dtype: math.log(torch.finfo(dtype).max) - 3 for dtype in (torch.float32, torch.float64)}
+
+
 def _floor(m: Tensor) -> Tensor:
     """exp(-m), bounded: of a very negative m it would be infinite, and the gradient of x / infinity 0 * infinity."""
-    return torch.exp((-m).clamp(max=math.log(torch.finfo(m.dtype).max) - 3))
+    return (-m).clamp(max=_HIGHEST[m.dtype]).exp_()
 
 
 def _stabilisers(
@@ -116,21 +120,53 @@ def _stabilisers(
     return torch.stack(before, -1), m
 
 
-BLOCK = 2**21  # numbers of the largest tensor of a block; more would only take memory
+BLOCK = 2**19  # numbers of the largest tensor of a block, so that what is made is used while it is in the cache
 
 
-def _blocks(
-    shape: tuple[int, ...], widths: tuple[int, int], reverse: bool = False
-) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut [H, B, N, L] tokens into heads, rows and chunks; several of the one only with all of the next.
+class _Part(NamedTuple):
+    """Some heads and rows; their chunks are cut into blocks, which are computed together.
 
-    No tensor of a block is larger than `BLOCK`: neither its tokens of widths K and V, nor its states.
+    The views of all blocks are made at once, for in a loop they would take as long as the operations.
+
+    Attributes:
+        heads: several only with all rows.
+        rows: of the batch.
+        sizes: chunks of each block; several only with all heads and rows.
+        L: tokens of a chunk.
+        rest: tokens of a last chunk that has fewer and is a block of its own; 0 if there is none.
     """
-    H, B, N, L = shape
-    K, V = widths
-    room = max(1, BLOCK // max(L * L, L * K, L * V, K * V))
-    chunks, rows, heads = _cut(N, room), _cut(B, room // N), _cut(H, room // (N * B))
-    yield from itertools.product(heads, rows, chunks[::-1] if reverse else chunks)
+
+    heads: slice
+    rows: slice
+    sizes: list[int]
+    L: int
+    rest: int
+
+    def tokens(self, x: Tensor) -> list[Tensor]:
+        """Views: [B, T, H, .] -> [chunks, heads, rows, L, .] of each block."""
+        whole, rest = x[self.rows, :, self.heads].split([x.shape[1] - self.rest, self.rest], 1)
+        by_chunk = whole.unflatten(1, (-1, self.L)).permute(1, 3, 0, 2, 4)
+        return [*by_chunk.split(self.sizes), *([rest.permute(2, 0, 1, 3)[None]] if self.rest else [])]
+
+    def weights(self, x: Tensor) -> list[Tensor]:
+        """Views: [., N, H, B, L] -> [., chunks, heads, rows, L] of each block."""
+        x = x[:, :, self.heads, self.rows]
+        if not self.rest:
+            return list(x.split(self.sizes, 1))
+        *whole, rest = x.split([*self.sizes, 1], 1)
+        return [*whole, rest[..., : self.rest]]
+
+    def seen(self, x: Tensor) -> list[Tensor]:
+        """[L, L] or [N, 1, B, L, L], see `_visible`, -> [L, L] or [chunks, heads, rows, L, L] of each block."""
+        if x.dim() == 2:
+            return [x] * len(self.sizes) + ([x[: self.rest, : self.rest]] if self.rest else [])
+        heads = len(range(self.heads.start, self.heads.stop))
+        views = x[:, :, self.rows].expand(-1, heads, -1, -1, -1).split([*self.sizes, *([1] if self.rest else [])])
+        return [*views[: len(self.sizes)], *(rest[..., : self.rest, : self.rest] for rest in views[len(self.sizes) :])]
+
+    def states(self, x: Tensor) -> Tensor:
+        """A view: [., H, B, ...] -> [., heads * rows, ...]."""
+        return x[:, self.heads, self.rows].flatten(1, 2)
 
 
 def _cut(size: int, step: int) -> list[slice]:
@@ -138,103 +174,103 @@ def _cut(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _by_chunk(x: Tensor, N: int) -> Tensor:
-    """A view: [B, N * L, H, .] -> [H, B, N, L, .]."""
-    return x.permute(2, 0, 1, 3).unflatten(2, (N, -1))
+def _parts(shape: torch.Size, T: int, widths: tuple[int, int]) -> list[_Part]:
+    """Cut T tokens in chunks [N, H, B, L] such that no scores and no tokens of a block are larger than `BLOCK`.
+
+    Its states are at most twice as large, for chunks are long where heads are wide.
+    """
+    _, H, B, L = shape
+    room = max(1, BLOCK // (L * max(L, *widths)))
+    sizes = [part.stop - part.start for part in _cut(T // L, room // (H * B))]
+    return [_Part(*some, sizes, L, T % L) for some in itertools.product(_cut(H, room // B), _cut(B, room))]
 
 
 class _Chunks(torch.autograd.Function):
-    """q, k, v [B, N * L, H, .], the token weights and the first C, n to h [B, N * L, H, V] and the last C, n."""
+    """q, k, v [B, T, H, .], the five weights [5, N, H, B, L] and the first C, n to h [B, T, H, V] and the last C, n."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, a: Tensor, M: Tensor, carry: Tensor, write: Tensor, floor: Tensor,
-        C: Tensor, n: Tensor, seen: Tensor, eps: float,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        H, B, N, _ = a.shape
-        h, state = v.new_empty(v.shape), [x.transpose(0, 1).clone() for x in (C, n)]
-        before = [x.new_empty(H, B, N, *x.shape[2:]) for x in state] if any(ctx.needs_input_grad) else []
-        normalisers = [torch.empty_like(a), torch.empty_like(a)]
-        qkv = [_by_chunk(x, N) for x in (q, k, v)]
-        for part in _blocks(a.shape, (q.shape[-1], v.shape[-1])):
-            weights = _Weights(*(_take(x, part) for x in (a, M, carry, write, floor)))
-            given = [_take(x, part) for x in qkv], weights, _see(seen, part), [x[part[:2]] for x in state]
-            h_block, after, block_before, block_normalisers = _read_and_write(*given, eps)
-            _put(
-                [_by_chunk(h, N), *normalisers, *before],
-                part,
-                [h_block, *block_normalisers, *block_before[: len(before)]],
-            )
-            _put(state, part[:2], after)
-        ctx.save_for_backward(q, k, v, a, M, carry, write, floor, seen, h, *normalisers, *before)
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, C: Tensor, n: Tensor, seen: Tensor, eps: float
+    ) -> tuple[Tensor, ...]:
+        h, normalisers = weights.new_empty(v.shape), torch.empty_like(weights[:2])
+        parts = _parts(weights.shape[1:], q.shape[1], (q.shape[-1], v.shape[-1]))
+        saving = any(ctx.needs_input_grad)
+        room = 1 + (weights.shape[1] if saving else parts[0].sizes[0])
+        running = [_by_head(x) for x in (C, n)]
+        states = [x.new_empty(room, *x.shape[1:]) for x in running]
+        for part in parts:
+            ends = [part.states(x)[0] for x in running]
+            before, at = ends, 0
+            own = [part.states(x) for x in states]
+            views = part.weights(weights), part.seen(seen), *map(part.tokens, (q, k, v))
+            results = zip(part.tokens(h), *([part.weights(normalisers)] if saving else []), strict=True)
+            for (w, seen_block, *tokens), result in zip(zip(*views, strict=True), results, strict=True):
+                around = [x[at : at + len(w[0]) + 1] for x in own]
+                if not (saving and at):
+                    _copy([x[0] for x in around], before)
+                _read_and_write(tokens, w, seen_block, around, result, eps)
+                before = [x[-1] for x in around]
+                at += len(w[0]) if saving else 0
+            _copy(ends, before)
+        ctx.save_for_backward(q, k, v, weights, seen, h, normalisers, *states)
         ctx.set_materialize_grads(False)
-        return h, *(x.transpose(0, 1) for x in state)
+        return h, *(x[0].transpose(0, 1) for x in running)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, *weights, seen, h, qn, normaliser, C_before, n_before = ctx.saved_tensors
-        N = C_before.shape[2]
+        q, k, v, weights, seen, h, normalisers, *states = ctx.saved_tensors
         dh = torch.zeros_like(h) if dh is None else dh
-        dstate = [
-            torch.zeros_like(x[:, :, 0]) if dx is None else dx.transpose(0, 1).clone()
-            for dx, x in ((dC, C_before), (dn, n_before))
+        dqkv = [x.new_empty(x.shape) for x in (q, k, v)]
+        dweights = torch.zeros_like(weights)  # zeros, for the last chunk may have fewer tokens
+        running = [
+            torch.zeros_like(x[:1]) if dx is None else _by_head(dx) for dx, x in zip((dC, dn), states, strict=True)
         ]
-        dqkv, dweights = [x.new_empty(x.shape) for x in (q, k, v)], [torch.empty_like(x) for x in weights]
-        tokens, gradients = [_by_chunk(x, N) for x in (q, k, v, h, dh)], [_by_chunk(x, N) for x in dqkv]
-        for part in _blocks(qn.shape, (q.shape[-1], v.shape[-1]), reverse=True):
-            block_weights = _Weights(*(_take(x, part) for x in weights))
-            saved = C_before[part], n_before[part], _take(qn, part), _take(normaliser, part)
-            given = [_take(x, part) for x in tokens], block_weights, _see(seen, part), saved
-            made, before = _differentiate(*given, [x[part[:2]] for x in dstate])
-            _put([*gradients, *dweights], part, made)
-            _put(dstate, part[:2], before)
-        return *dqkv, *dweights, *(x.transpose(0, 1) for x in dstate), None, None
+        parts = _parts(weights.shape[1:], q.shape[1], (q.shape[-1], v.shape[-1]))
+        dstates = [x.new_empty(parts[0].sizes[0] + 1, *x.shape[1:]) for x in running]
+        for part in parts:
+            ends = [part.states(x)[0] for x in running]
+            after, at = ends, weights.shape[1]
+            saved, own = ([part.states(x) for x in xs] for xs in (states, dstates))
+            views = *map(part.weights, (weights, normalisers)), part.seen(seen), *map(part.tokens, (q, k, v, h, dh))
+            results = zip(*map(part.tokens, dqkv), part.weights(dweights), strict=True)
+            blocks = list(zip(zip(*views, strict=True), results, strict=True))
+            for (w, normaliser, seen_block, *tokens), result in reversed(blocks):
+                chunks = len(w[0])
+                around = [x[: chunks + 1] for x in own]
+                _copy([x[-1] for x in around], after)
+                at -= chunks
+                before = [x[at : at + chunks] for x in saved]
+                _differentiate(tokens, w, normaliser, seen_block, before, around, result)
+                after = [x[0] for x in around]
+            _copy(ends, after)
+        return *dqkv, dweights, *(x[0].transpose(0, 1) for x in running), None, None
 
 
-def _take(x: Tensor, part: tuple[slice, ...]) -> Tensor:
-    """The chunks of a block: [H, B, N, ...] -> [G, ...]."""
-    return x[part].flatten(0, 2).contiguous()
+def _by_head(x: Tensor) -> Tensor:
+    """A copy: a state [B, H, ...] -> [1, H, B, ...]."""
+    return x.transpose(0, 1)[None].clone(memory_format=torch.contiguous_format)
 
 
-def _put(wholes: list[Tensor], part: tuple[slice, ...], values: list[Tensor]) -> None:
-    for whole, value in zip(wholes, values, strict=True):
-        target = whole[part]
+def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
         target.copy_(value.view(target.shape))
 
 
-def _see(seen: Tensor, part: tuple[slice, ...]) -> Tensor:
-    """What the tokens of a block see, [L, L] or [G, L, L]."""
-    if seen.dim() == 2:
-        return seen
-    heads, rows, chunks = part
-    block = seen[:, rows, chunks]
-    return block.expand(len(range(heads.start, heads.stop)), *block.shape[1:]).flatten(0, 2)
+def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[chunks, heads, rows, ...] -> [G, ...], contiguous."""
+    return x.new_empty(x.shape, dtype=dtype).copy_(x).flatten(0, 2)
 
 
-def _read_and_write(
-    qkv: list[Tensor], w: _Weights, seen: Tensor, state: list[Tensor], eps: float
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """The forward pass of one block: q, k, v [G, L, .] and the C [heads, rows, K, V] and n before it.
-
-    Returns:
-        result: h; C and n after the block; the same before each chunk; qn and normaliser, [G, L].
-    """
-    q, k, v = qkv
-    scale = q.shape[-1] ** -0.5
-    kw = k * (w.write * scale)[..., None]
-    C_before, C = _scan(torch.bmm(kw.mT, v), w.carry[:, -1], state[0])
-    n_before, n = _scan(kw.sum(1), w.carry[:, -1], state[1])
-    P = _scores(q, k, scale).mul_(_weigh(w.a[:, None, :] - w.M[..., None]).mul_(seen))
-    qn = P.sum(-1).addcmul_(w.carry, torch.bmm(q, n_before[..., None])[..., 0])
-    h = torch.bmm(q * w.carry[..., None], C_before).baddbmm_(P, v)
-    normaliser = torch.maximum(qn.abs(), w.floor).add_(eps)
-    return h.div_(normaliser[..., None]), [C, n], [C_before, n_before], [qn, normaliser]
+def _weights(x: Tensor) -> _Weights:
+    """[5, chunks, heads, rows, L] -> [G, L] each."""
+    return _Weights(*x.flatten(1, 3).unbind())
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Sum of x * y over all but the first dim, [G, ...] -> [G], without a tensor of their size."""
-    return torch.bmm(x.flatten(1)[:, None], y.flatten(1)[..., None]).view(-1)
+def _decays(w: _Weights, seen: Tensor) -> Tensor:
+    """Weight of token s at token t, [G, L, L]."""
+    seen = (seen if seen.dim() == 2 else seen.flatten(0, 2)).to(w.a.dtype)  # products with booleans are slow
+    return _weigh(w.a[:, None, :] - w.M[..., None], inplace=True).mul_(seen)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -242,76 +278,109 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=scale)
 
 
+def _read_and_write(
+    tokens: list[Tensor], weights: Tensor, seen: Tensor, states: list[Tensor], results: tuple[Tensor, ...], eps: float
+) -> None:
+    """The forward pass of one block.
+
+    Args:
+        tokens: q, k, v, [chunks, heads, rows, L, .].
+        weights: [5, chunks, heads, rows, L].
+        seen: see `_Part.seen`.
+        states: C and n, [chunks + 1, heads * rows, ...]; the first are given, the others are written.
+        results: where h is written, as v, and qn and the normaliser, [2, chunks, heads, rows, L].
+        eps: added to the normaliser.
+    """
+    q, k, v = (_flat(x, weights.dtype) for x in tokens)
+    w = _weights(weights)
+    scale, keep = q.shape[-1] ** -0.5, w.carry[:, -1]
+    C, n = states
+    kw = k * (w.write * scale)[..., None]
+    torch.bmm(kw.mT, v, out=C[1:].flatten(0, 1))
+    torch.sum(kw, 1, out=n[1:].flatten(0, 1))
+    _scan(C[1:], keep, C[:-1])
+    _scan(n[1:], keep, n[:-1])
+    P = _scores(q, k, scale).mul_(_decays(w, seen))
+    q_carried = q * w.carry[..., None]
+    qn = P.sum(-1).add_((q_carried * n[:-1].view(-1, 1, q.shape[-1])).sum(-1))
+    numerator = torch.bmm(q_carried, C[:-1].flatten(0, 1)).baddbmm_(P, v)
+    h, *normalisers = results
+    normaliser = torch.maximum(qn.abs(), w.floor).add_(eps)
+    _copy(normalisers, [torch.stack([qn, normaliser])] * len(normalisers))
+    torch.div(numerator.view(h.shape), normaliser.view(*h.shape[:-1], 1), out=h)
+
+
 def _differentiate(
-    tokens: list[Tensor], w: _Weights, seen: Tensor, saved: tuple[Tensor, ...], dstate: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
+    tokens: list[Tensor], weights: Tensor, normalisers: Tensor, seen: Tensor, states: list[Tensor],
+    dstates: list[Tensor], results: tuple[Tensor, ...],
+) -> None:  # fmt: skip
     """The backward pass of one block.
 
     Args:
-        tokens: q, k, v, h and dh, [G, L, .].
-        w: the weights, [G, L].
-        seen: see `_visible`.
-        saved: C and n before each chunk, [heads, rows, chunks, ...], qn and normaliser, [G, L].
-        dstate: gradients of C and n after the block, [heads, rows, ...].
-
-    Returns:
-        result: gradients of q, k, v and the weights, and of C and n before the block.
+        tokens: q, k, v, h and dh, [chunks, heads, rows, L, .].
+        weights: [5, chunks, heads, rows, L].
+        normalisers: qn and the normaliser, [2, chunks, heads, rows, L].
+        seen: see `_Part.seen`.
+        states: C and n before each chunk, [chunks, heads * rows, ...].
+        dstates: gradients of C and n, [chunks + 1, heads * rows, ...]; the last are given, the others are written.
+        results: where the gradients of q, k, v, as they, and of the weights, [5, chunks, heads, rows, L], are written.
     """
-    q, k, v, h, dh = tokens
-    C, n, qn, normaliser = saved[0].flatten(0, 2), saved[1].flatten(0, 2), *saved[2:]
+    q, k, v = (_flat(x, weights.dtype) for x in tokens[:3])
+    w, qn = _weights(weights), normalisers[0].flatten(0, 2)
+    (C, n), (dC, dn) = (x.flatten(0, 1) for x in states), dstates
     scale, keep = q.shape[-1] ** -0.5, w.carry[:, -1]
-    dnumerator = dh / normaliser[..., None]
-    dnormaliser = (dnumerator * h).sum(-1).neg_()
+    dnumerator = torch.div(tokens[4], normalisers[1, ..., None], out=v.new_empty(tokens[4].shape))
+    dnormaliser = (dnumerator * tokens[3]).sum(-1).view_as(qn).neg_()
+    dnumerator = dnumerator.flatten(0, 2)
     by_floor = qn.abs() < w.floor
     dqn = (dnormaliser * qn.sign()).masked_fill_(by_floor, 0.0)
     dfloor = dnormaliser.masked_fill_(~by_floor, 0.0)
 
     # Through the state before each chunk.
+    q_carried = q * w.carry[..., None]
+    torch.bmm(q_carried.mT, dnumerator, out=dC[:-1].flatten(0, 1))
+    torch.sum(q_carried.mul_(dqn[..., None]), 1, out=dn[:-1].flatten(0, 1))
+    _scan(dC[:-1], keep, dC[1:], reverse=True)
+    _scan(dn[:-1], keep, dn[1:], reverse=True)
+    dC, dn = (x[1:].flatten(0, 1) for x in dstates)
     dq_carried = torch.bmm(dnumerator, C.mT).addcmul_(dqn[..., None], n[:, None, :])
     dcarry = (q * dq_carried).sum(-1)
-    q_carried = q * w.carry[..., None]
-    dC_after, dC = _scan(torch.bmm(q_carried.mT, dnumerator), keep, dstate[0], reverse=True)
-    dn_after, dn = _scan(torch.bmm(q_carried.mT, dqn[..., None])[..., 0], keep, dstate[1], reverse=True)
-    dcarry[:, -1] += _dot(C, dC_after) + _dot(n, dn_after)
-    dk_written = torch.bmm(v, dC_after.mT).add_(dn_after[:, None, :])
+    dcarry[:, -1] += (C * dC).flatten(1).sum(1).add_((n * dn).sum(1))
+    dk_written = torch.bmm(v, dC.mT).add_(dn[:, None, :])
     dwrite = (k * dk_written).sum(-1).mul_(scale)
 
     # Within each chunk.
-    D = _weigh(w.a[:, None, :] - w.M[..., None]).mul_(seen)
+    D = _decays(w, seen)
     P = _scores(q, k, scale).mul_(D)
     write = (w.write * scale)[..., None]
-    dv = torch.bmm(k * write, dC_after).baddbmm_(P.mT, dnumerator)
-    dS = torch.bmm(dnumerator, v.mT).add_(dqn[..., None]).mul_(D.mul_(scale))
-    dq, dk = torch.bmm(dS, k), torch.bmm(dS.mT, q)
-    dM, da = (q * dq).sum(-1).neg_(), (k * dk).sum(-1)
-    dq.addcmul_(dq_carried, w.carry[..., None])
-    dk.addcmul_(dk_written, write)
-    return [dq, dk, dv, da, dM, dcarry, dwrite, dfloor], [dC, dn]
+    dv = torch.bmm(k * write, dC).baddbmm_(P.mT, dnumerator)
+    dP = torch.bmm(dnumerator, v.mT).add_(dqn[..., None])
+    dlog = P.mul_(dP)
+    dM, da = dlog.sum(-1).neg_(), dlog.sum(1)
+    dS = dP.mul_(D.mul_(scale))
+    _add(torch.bmm(dS, k), dq_carried, w.carry[..., None], results[0])
+    _add(torch.bmm(dS.mT, q), dk_written, write, results[1])
+    _copy(results[2:], [dv, torch.stack([da, dM, dcarry, dwrite, dfloor])])
 
 
-def _scan(x: Tensor, keep: Tensor, first: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
-    """The values of s before each chunk, and the last, of s = keep s + x from chunk to chunk.
+def _add(x: Tensor, y: Tensor, weight: Tensor, result: Tensor) -> None:
+    """x + weight y of [G, L, .] into a view of tokens."""
+    torch.addcmul(*(z.view(*result.shape[:-1], -1) for z in (x, y, weight)), out=result)
+
+
+def _scan(states: Tensor, keep: Tensor, before: Tensor, reverse: bool = False) -> None:
+    """s = keep s + x from chunk to chunk, in place, while the chunks' x are still in the cache.
 
     Args:
-        x: what each chunk adds, [heads * rows * chunks, ...].
-        keep: what each leaves of the value before it, [heads * rows * chunks].
-        first: the value before all, [heads, rows, ...].
-        reverse: from the last chunk to the first.
-
-    Returns:
-        result: [heads * rows * chunks, ...] and [heads, rows, ...].
+        states: x of each chunk, turned into s, [chunks, heads * rows, ...].
+        keep: what each leaves of the s before it, [chunks * heads * rows].
+        before: s before each, [chunks, heads * rows, ...]: the same memory as `states`, one chunk earlier.
+        reverse: from the last chunk to the first, so that before is after.
     """
-    added = x.unflatten(0, (*first.shape[:2], -1))
-    before = torch.empty_like(added)
-    keep = keep.view(*added.shape[:3], *(1,) * (first.dim() - 2))
-    steps = list(zip(added.unbind(2), keep.unbind(2), before.unbind(2), strict=True))
-    if reverse:
-        steps.reverse()
-    steps[0][2].copy_(first)
-    for (x_c, keep_c, s), (_, _, s_next) in itertools.pairwise(steps):
-        torch.addcmul(x_c, keep_c, s, out=s_next)
-    x_c, keep_c, s = steps[-1]
-    return before.flatten(0, 2), torch.addcmul(x_c, keep_c, s)
+    keep = keep.view(*states.shape[:2], *(1,) * (states.dim() - 2))
+    steps = zip(states.unbind(), keep.unbind(), before.unbind(), strict=True)
+    for s, keep_c, s_before in reversed(list(steps)) if reverse else steps:
+        s.addcmul_(keep_c, s_before)
 
 
 def _whole_chunks(x: Tensor, missing: int, fill: float = 0.0) -> Tensor:
@@ -334,10 +403,13 @@ def mlstm_chunkwise_torch(
     input_gate: str,
 ) -> tuple[Tensor, MLSTMState]:
     """All chunks of a block together. Arguments and results as in `ops_mlstm.mlstm`; can be differentiated once."""
-    B, T, H, K = q.shape
+    (B, T, H, K), V = q.shape, v.shape[-1]
     dtype = compute_dtype(v, state)
-    q, k, v, i_tilde, f_tilde = (x.to(dtype) for x in (q, k, v, i_tilde, f_tilde))
-    C, n, m = MLSTMState.zeros(B, H, K, v.shape[-1], like=v) if state is None else (x.to(dtype) for x in state)
+    i_tilde, f_tilde = i_tilde.to(dtype), f_tilde.to(dtype)
+    C, n, m = MLSTMState.zeros(B, H, K, V, like=i_tilde) if state is None else (x.to(dtype) for x in state)
+    # Of wide heads the states between short chunks would take more memory and time than the scores in longer ones.
+    while 4 * chunk_size**2 < K * V:
+        chunk_size *= 2
     N = math.ceil(T / chunk_size)
     L = math.ceil(T / N)  # the last chunk is nearly full
     missing = N * L - T
@@ -349,9 +421,10 @@ def mlstm_chunkwise_torch(
         document = _whole_chunks(reset.long(), missing).unflatten(1, (N, L)).cumsum(-1)[None]
     weights, m = _weigh_tokens(log_i, log_f, m.T, document, input_gate == "sigmoid")
     seen = _visible(document, L, q.device)
-    q, k, v = (_whole_chunks(x, missing) for x in (q, k, v))
-    h, C, n = _Chunks.apply(q, k, v, *weights, C, n, seen, eps)
-    return h[:, :T], MLSTMState(C, n, m.T)
+    seen = seen if document is None else seen.permute(2, 0, 1, 3, 4)
+    by_chunk = torch.stack(weights).permute(0, 3, 1, 2, 4).contiguous()
+    h, C, n = _Chunks.apply(q, k, v, by_chunk, C, n, seen, eps)
+    return h, MLSTMState(C, n, m.T)
 
 
 def mlstm_step_torch(
@@ -368,23 +441,23 @@ def mlstm_step_torch(
 ) -> tuple[Tensor, MLSTMState]:
     """One token in few operations, C read and written once. Arguments and results as in `ops_mlstm.mlstm`."""
     B, _, H, K = q.shape
-    V = v.shape[-1]
+    V, rows = v.shape[-1], B * H
     dtype = compute_dtype(v, state)
-    q, k, v, i_tilde, f_tilde = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v, i_tilde, f_tilde))
-    C, n, m = MLSTMState.zeros(B, H, K, V, like=v) if state is None else (x.to(dtype) for x in state)
+    state = MLSTMState.zeros(B, H, K, V, like=v) if state is None else state
+    given = (q, k, v, i_tilde, f_tilde, *state)
+    q, k, v, i_tilde, f_tilde, C, n, m = (x if x.dtype is dtype else x.to(dtype) for x in given)
     if reset is not None:
         C, n, m = (x * ~reset.view(B, *(1,) * (x.dim() - 1)) for x in (C, n, m))
-    log_i, log_f = log_gates(i_tilde, f_tilde, input_gate)
-    m = m.unsqueeze(1)
+    # One row per head: views, for every operation costs more than the numbers it works on.
+    m = m.reshape(rows, 1, 1)
+    log_i, log_f = log_gates(i_tilde.reshape(rows, 1, 1), f_tilde.reshape(rows, 1, 1), input_gate)
     log_f = log_f + m
     m_next = m if input_gate == "sigmoid" else torch.maximum(log_f, log_i)
-    # One row per head from here on: views, for every operation costs more than the numbers it works on.
-    f_prime = torch.exp(log_f - m_next).view(B * H, 1, 1)
-    i_prime = torch.exp(log_i - m_next).view(B * H, 1, 1)
-    kw = k.reshape(B * H, K, 1) * i_prime
-    C = (C.reshape(B * H, K, V) * f_prime).addcmul_(kw, v.reshape(B * H, 1, V), value=K**-0.5)
-    n = (n.reshape(B * H, K, 1) * f_prime).add_(kw, alpha=K**-0.5)
-    q = q.reshape(B * H, 1, K)
-    normaliser = torch.maximum(torch.bmm(q, n).abs_(), _floor(m_next).view(B * H, 1, 1)).add_(eps)
+    f_prime, i_prime = (log_f - m_next).exp_(), (log_i - m_next).exp_()
+    kw = k.reshape(rows, K, 1) * i_prime
+    C = (C.reshape(rows, K, V) * f_prime).addcmul_(kw, v.reshape(rows, 1, V), value=K**-0.5)
+    n = (n.reshape(rows, K, 1) * f_prime).add_(kw, alpha=K**-0.5)
+    q = q.reshape(rows, 1, K)
+    normaliser = torch.maximum(torch.bmm(q, n).abs_(), _floor(m_next)).add_(eps)
     h = torch.bmm(q, C).div_(normaliser)
     return h.view(B, 1, H, V), MLSTMState(C.view(B, H, K, V), n.view(B, H, K), m_next.view(B, H))

@@ -10,10 +10,11 @@ The tables and plots of a run once more, and the tables into a document that has
     python scripts/benchmark.py --from_json benchmark.json --plots plots --markdown README.md
 
 The contestants of a row hold the same weights and inputs, run in one process and take turns; a row is not timed unless
-they computed the same. Rows of another function, Llama and Mamba2 of about as many parameters, have nothing to check
-and no target. A ratio compares medians. Memory is measured in a process of its own for each contestant: what it has
-allocated at most during a training step after the first, weights, gradients, optimizer and activations, over what was
-there before the model was made; Python, libraries and code are not counted.
+they computed the same, or in bfloat16 unless ours is as near to float64 as it should be. Rows of another function,
+Llama and Mamba2 of about as many parameters, have nothing to check and no target. A ratio compares medians. Memory is
+measured in a process of its own for each contestant: what it has allocated at most during a training step after the
+first, weights, gradients, optimizer and activations, over what was there before the model was made; Python, libraries
+and code are not counted.
 """
 
 from __future__ import annotations
@@ -45,12 +46,31 @@ Row = dict[str, Any]
 
 def disagreement(results: list[Any]) -> float:
     """Largest error over scale between the first result and every other."""
+    return max(error_over_scale(results[0], result) for result in results[1:])
+
+
+def error_over_scale(result: Any, right: Any) -> float:
     worst = 0.0
-    for result in results[1:]:
-        for mine, other in zip(_tensors(results[0]), _tensors(result), strict=True):
-            error = (mine.double() - other.double()).abs().max() / other.double().abs().max()
-            worst = max(worst, error.nan_to_num(float("inf")).item())
+    for mine, other in zip(_tensors(result), _tensors(right), strict=True):
+        error = (mine.double() - other.double()).abs().max() / other.double().abs().max()
+        worst = max(worst, error.nan_to_num(float("inf")).item())
     return worst
+
+
+def check(work: Work, results: dict[str, Any]) -> Row:
+    """How far apart results of one work lie, and why they are not compared where that is too much."""
+    assert work.agreement is not None, "peers must agree"
+    if work.judge is None:
+        error = disagreement(list(results.values()))
+        refused = f"contestants differ by {error:.1e} of scale" if error > work.agreement else ""
+        return {"difference": error, **({"refused": refused} if refused else {})}
+    right = run_once(work.judge())[0]
+    errors = {contestant: error_over_scale(result, right) for contestant, result in results.items()}
+    ours, *peers = errors.values()
+    row: Row = {"difference": ours, "errors": errors}
+    if not ours <= min(work.agreement, 2 * min(peers)):
+        row["refused"] = "off float64 by " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    return row
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:
@@ -83,31 +103,30 @@ def claim(what: str, value: float, **bound: float | None) -> dict[str, Any]:
 
 def time_row(name: str, work: Work, rounds: int, seconds: float) -> Row:
     """The times of a row and the ratio that matters, or why it was not timed."""
+    torch.compiler.reset()  # what other rows compiled counts towards a limit
     contestants = {contestant: make() for contestant, make in work.makers.items()}
-    results = [run_once(contestant)[0] for contestant in contestants.values()]  # warms up, too
-    error = None
-    if work.kind == "peer":
-        assert work.agreement is not None, f"{name}: peers must agree"
-        error = disagreement(results)
-        if error > work.agreement:
-            return {"difference": error, "refused": f"contestants differ by {error:.1e} of scale"}
+    first = {name: run_once(contestant) for name, contestant in contestants.items()}  # warms up, too
+    checked = check(work, {name: result for name, (result, _) in first.items()}) if work.kind == "peer" else {}
+    if "refused" in checked:
+        return checked
     if work.floor is not None:
         contestants["floor"] = work.floor()
     spent = measure(contestants, rounds, seconds, name)
     medians = {contestant: statistics.median(found) for contestant, found in spent.items()}
-    first, *rest = work.makers
+    mine, *rest = work.makers
     row: Row = {
-        "difference": error,
-        "rounds": len(spent[first]),
+        **checked,
+        "rounds": len(spent[mine]),
+        "seconds_of_the_first_run": {contestant: seconds for contestant, (_, seconds) in first.items()},
         "milliseconds": {contestant: 1000 * median for contestant, median in medians.items()},
         "milliseconds_least": {contestant: 1000 * min(found) for contestant, found in spent.items()},
         "tokens_per_second": {c: contestants[c].tokens / median for c, median in medians.items()},
     }
     if work.kind == "itself":
-        long, short = (medians[c] / contestants[c].tokens for c in (first, rest[0]))
+        long, short = (medians[c] / contestants[c].tokens for c in (mine, rest[0]))
         return {**row, "claims": [claim("time per token", long / short, at_most=NOISE)]}
     best = min(rest, key=lambda peer: medians[peer])
-    faster = [claim("speed", medians[best] / medians[first], at_least=work.faster)] if work.kind == "peer" else []
+    faster = [claim("speed", medians[best] / medians[mine], at_least=work.faster)] if work.kind == "peer" else []
     return {**row, "fastest_peer": best if work.kind == "peer" else None, "claims": faster}
 
 

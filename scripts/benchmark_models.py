@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from official import official_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM, xLSTMConfig
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM, xLSTMConfig
 from transformers.models.xlstm import modeling_xlstm as transformers_xlstm
 from transformers.utils import is_xlstm_available
 
@@ -204,6 +204,27 @@ def decoding(model: Any, prompt: Tensor, tokens: Tensor) -> Contestant:
     with torch.inference_mode():
         state = read(model, prompt)[1]
     return from_state(model, state, tokens)
+
+
+def compiled_decoding(model: Any, prompt: Tensor, tokens: Tensor) -> Contestant:
+    """As `decoding`, with the step through `torch.compile`: ours as `generate` does it when told to."""
+    contestant = decoding(model, prompt, tokens)
+    if kind(model) == "xLSTMLMModel":
+        model.step = torch.compile(model.step)
+        return contestant
+    if kind(model) != "XLSTMForCausalLM":
+        model.forward = torch.compile(model.forward)
+        return contestant
+    with torch.inference_mode():
+        forward = model.get_compiled_call(CompileConfig(mode="default"))
+
+    @torch.inference_mode()
+    def run(state: Any) -> Tensor:
+        for ids in tokens.split(1, dim=1):
+            logits = forward(input_ids=ids, past_key_values=state, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1]
+
+    return contestant._replace(run=run)
 
 
 def from_state(model: Any, state: Any, tokens: Tensor) -> Contestant:

@@ -12,6 +12,7 @@ from benchmark_models import (
     Contestant,
     Size,
     builtins,
+    compiled_decoding,
     decoding,
     floor,
     generating,
@@ -30,6 +31,7 @@ from modeling_xlstm.states_xlstm import Call
 
 F32, BF16 = torch.float32, torch.bfloat16
 # Largest error over scale between contestants that hold the same weights: rounding, and the published epsilon's place.
+# In bfloat16, of ours against float64: a peer that keeps its states in bfloat16 is farther off the more it has read.
 AGREEMENT = {F32: 2e-3, BF16: 1e-1}
 # What a ratio of equals may be off by on a machine that does nothing else.
 NOISE = 1.05
@@ -48,7 +50,9 @@ class Work(NamedTuple):
             ours; "other" if the others compute another function.
         faster: how many times as fast as the fastest peer ours must be.
         memory: the part of the fastest peer's memory ours may take; 0 to measure it without a target.
-        agreement: largest error over scale between ours and every peer.
+        agreement: largest error over scale between ours and every peer, or between ours and the judge.
+        judge: makes who computes the same in float64, where contestants round too much to be compared with each other.
+            Ours may then be twice as far off as the nearest peer.
         needs: packages without which there is no peer.
         timed: whether time is measured at all.
         floor: makes the least that any contestant must do.
@@ -60,6 +64,7 @@ class Work(NamedTuple):
     memory: float | None = None
     agreement: float | None = None
     needs: tuple[str, ...] = ()
+    judge: Maker | None = None
     timed: bool = True
     floor: Maker | None = None
 
@@ -82,6 +87,11 @@ def neurips(size: Size, dtype: torch.dtype = F32) -> dict[str, Callable[[], Any]
 
 def large(size: Size, *modes: str, dtype: torch.dtype = F32) -> dict[str, Callable[[], Any]]:
     return {"ours": partial(ours, "large", size, dtype), **builtins(size, modes, dtype)}
+
+
+def judged(style: str, size: Size, task: Callable[..., Contestant], *inputs: Any) -> Contestant:
+    """The task in float64 with the weights of bfloat16."""
+    return task(ours(style, size, BF16).double(), *inputs)
 
 
 def others(size: Size) -> dict[str, Callable[[], Any]]:
@@ -148,8 +158,10 @@ def official_op(size: Size, T: int, K: int, V: int, backward: bool, L: int) -> C
 def neurips_rows(size: Size) -> Iterator[Row]:
     need, short = ("xlstm",), 512 // size.shrink
     for name, dtype in (("fp32", F32), ("bf16", BF16)):
-        makers = each(neurips(size, dtype), training, ids(size, 4, short))
-        yield f"train neurips 4x{short} {name}", Work(makers, "peer", 2.2, 0.35, AGREEMENT[dtype], need)
+        makers, judge = each(neurips(size, dtype), training, ids(size, 4, short)), None
+        if dtype == BF16:
+            judge = partial(judged, "neurips", size, training, ids(size, 4, short))
+        yield f"train neurips 4x{short} {name}", Work(makers, "peer", 2.2, 0.35, AGREEMENT[dtype], need, judge)
     for T in (short, 8 * short):
         for name, backward, target in (("forward", False, 6.0), ("forward+backward", True, 8.0)):
             layers: dict[str, Maker] = {w: partial(slstm_layer, size, T, backward, w) for w in ("ours", "official")}
@@ -165,6 +177,19 @@ def neurips_rows(size: Size) -> Iterator[Row]:
     for B in (1, 8):
         makers = each(neurips(size), decoding, ids(size, B, 16), ids(size, B, DECODED))
         yield f"decode neurips batch {B}", Work(makers, "peer", 2.0, None, AGREEMENT[F32], need)
+        yield from compiled_rows(f"decode neurips batch {B}", neurips(size), size, B, 16, 2.0, need)
+
+
+def compiled_rows(
+    name: str, models: dict[str, Callable[[], Any]], size: Size, B: int, past: int, target: float, need: tuple[str, ...]
+) -> Iterator[Row]:
+    """Decoding by `torch.compile`: ours against peers as they are, and against peers that are compiled, too."""
+    inputs = ids(size, B, past), ids(size, B, DECODED)
+    compiled = each(models, compiled_decoding, *inputs)
+    makers = {**each(models, decoding, *inputs), "ours": compiled["ours"]}
+    yield f"{name}, ours compiled", Work(makers, "peer", target, None, AGREEMENT[F32], need)
+    if B == 1:
+        yield f"{name}, all compiled", Work(compiled, "peer", None, None, AGREEMENT[F32], need)
 
 
 def op_rows(size: Size) -> Iterator[Row]:
@@ -185,10 +210,15 @@ def large_rows(size: Size) -> Iterator[Row]:
     for name, dtype, targets in (("fp32", F32, (1.3, 1.3)), ("bf16", BF16, (1.6, 1.4))):
         for B, target in zip((1, 8), targets, strict=True):
             models = large(size, "inference", dtype=dtype)
-            makers = each(models, decoding, ids(size, B, 64 // size.shrink), ids(size, B, DECODED))
+            inputs = ids(size, B, 64 // size.shrink), ids(size, B, DECODED)
+            judge = partial(judged, "large", size, decoding, *inputs) if dtype == BF16 else None
             least = partial(_floor, models["ours"], B)
-            work = Work(makers, "peer", target, None, AGREEMENT[dtype], floor=least)
+            work = Work(each(models, decoding, *inputs), "peer", target, None, AGREEMENT[dtype], (), judge, floor=least)
             yield f"decode large batch {B} {name}", work
+            if dtype == F32:
+                yield from compiled_rows(
+                    f"decode large batch {B} {name}", models, size, B, 64 // size.shrink, target, ()
+                )
     makers = each(large(size, "inference"), generating, ids(size, 1, 64 // size.shrink), DECODED)
     yield "generate large batch 1", Work(makers, "peer", None, None, 0.0)
     # The mode "train" takes whole chunks only.

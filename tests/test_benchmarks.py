@@ -58,7 +58,7 @@ def test_assisted_decoding_is_timed_with_every_kind_of_draft(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_benchmark_of_tiny_models_leaves_json_tables_and_plots(tmp_path: Path) -> None:
-    rows = ("train large 4x63", "decode large batch 1 fp32", "contexts")
+    rows = ("train large 4x63", "decode large batch 1 bf16", "contexts")
     (tmp_path / "README.md").write_text("before\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nafter\n", "utf-8")
     files = ("--plots", tmp_path / "plots", "--markdown", tmp_path / "README.md")
     result = benchmark("benchmark.py", tmp_path, "--tiny", "--only", *rows, *files, rounds=1, seconds=0, threads=1)
@@ -101,6 +101,19 @@ def test_a_contest_is_not_timed_when_one_computes_something_else(wrong: float) -
     row = time_row("x", contest({"ours": 1.0, "right": 1.0, "wrong": wrong}), 1, 0.0)
     assert "refused" in row
     assert "milliseconds" not in row
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize(("ours", "peer", "refused"), [(1.001, 1.004, False), (1.005, 1.001, True), (1.02, 1.03, True)])
+def test_a_judge_asks_that_ours_is_near_and_not_twice_as_far_as_the_peer(
+    ours: float, peer: float, refused: bool
+) -> None:
+    from benchmark import time_row
+
+    judge = contest({"judge": 1.0}).makers["judge"]
+    row = time_row("x", contest({"ours": ours, "peer": peer})._replace(judge=judge), 1, 0.0)
+    assert ("refused" in row) == refused
+    assert row["errors"]["peer"] > row["errors"]["ours"] or ours > peer
 
 
 @pytest.mark.usefixtures("scripts")

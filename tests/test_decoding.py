@@ -294,7 +294,6 @@ def test_a_copy_or_a_pickle_of_a_model_starts_without_recordings(recorder: Recor
 def test_a_compiled_step_has_no_graph_break_and_is_compiled_once(style: str) -> None:
     model, ids = tiny_model(XLSTMForCausalLM, style), tokens(2, 5)
     config = CompileConfig(fullgraph=True, dynamic=False, backend="aot_eager", mode="default")
-    config._compile_all_devices = True
     expected = plain(model, ids, new=8)
     torch._dynamo.reset()  # type: ignore[no-untyped-call]
     counters = torch._dynamo.utils.counters
@@ -303,6 +302,13 @@ def test_a_compiled_step_has_no_graph_break_and_is_compiled_once(style: str) -> 
     assert_identical(decode(model, ids, new=8, compile_config=config), expected)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+def test_who_asks_for_compiled_steps_hears_why_there_are_none(caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(2, 5)
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    decode(model, ids, compile_config=CompileConfig(backend="aot_eager", mode="default"))
+    assert "hooks must run at every call" in caplog.text
 
 
 def test_without_a_gpu_generate_launches_its_steps() -> None:

@@ -49,12 +49,12 @@ def test_every_form_equals_the_recurrent_one_with_states_and_all_gradients(
     assert_same(actual, expected)
 
 
-@pytest.mark.parametrize("block", [1, 48, 100, 150, 216])
+@pytest.mark.parametrize("block", [1, 48, 100, 150, 300])
 @pytest.mark.parametrize("resets", [False, True])
 def test_what_is_computed_together_never_changes_the_result(
     block: int, resets: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One chunk of one head at a time, two chunks, all of a row, two rows, all rows of a head, or everything."""
+    """One row of one head in one chunk at a time, two rows, all rows, all heads, two chunks, or everything."""
     xs, state = mlstm_inputs(10, B=3), mlstm_state(B=3)
     reset = torch.rand(3, 10) < 0.3 if resets else None
     results = []
@@ -158,6 +158,26 @@ def test_gates_and_states_of_a_bfloat16_model_are_float32() -> None:
     assert {x.dtype for x in state} == {torch.float32}
     expected, _ = mlstm(*(x.float() for x in xs))
     assert_identical(h, expected.bfloat16())
+
+
+def test_half_precision_is_kept_for_the_backward_pass_and_computed_with_in_float32() -> None:
+    xs = [x.detach().bfloat16().requires_grad_() for x in mlstm_inputs(9, B=3)]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        h, _ = mlstm(*xs, chunk_size=4)
+    assert {x.data_ptr() for x in xs[:3]} <= {x.data_ptr() for x in kept}
+    assert not any(x.shape == xs[0].shape and x.dtype == torch.float32 for x in kept)
+    wide = [x.detach().float().requires_grad_() for x in xs]
+    expected = torch.autograd.grad(mlstm(*wide, chunk_size=4)[0].bfloat16().sum(), wide)
+    assert_identical(list(torch.autograd.grad(h.sum(), xs)), [x.bfloat16() for x in expected])
+
+
+@pytest.mark.parametrize(("width", "chunks"), [(8, 4), (16, 2), (32, 1)])
+def test_wide_heads_keep_the_states_before_fewer_chunks(width: int, chunks: int) -> None:
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        mlstm(*mlstm_inputs(16, K=width, V=width), chunk_size=4)
+    assert [len(x) for x in kept if x.shape[1:] == (2, 2, width, width)] == [chunks + 1]
 
 
 def test_autocast_leaves_the_cell_in_float32() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from tolerances import BFLOAT16, assert_same
 from torch import Tensor, nn
 
 from modeling_xlstm import XLSTMForCausalLM
-from modeling_xlstm import modeling_xlstm as module
+from modeling_xlstm.step_xlstm import StepPlan
 
 FIELDS: list[dict[str, Any]] = [
     {},
@@ -26,12 +28,12 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What took the short way."""
     taken: list[Tensor] = []
 
-    def step(blocks: Any, x: Tensor, states: Any) -> Any:
+    def run(plan: StepPlan, x: Tensor, states: Any) -> Any:
         taken.append(x)
-        return short(blocks, x, states)
+        return short(plan, x, states)
 
-    short = module.step
-    monkeypatch.setattr(module, "step", step)
+    short = StepPlan.run
+    monkeypatch.setattr(StepPlan, "run", run)
     return taken
 
 
@@ -130,3 +132,47 @@ def test_padding_and_recording_take_the_long_way(steps: list[Tensor]) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             decode(model.float(), ids)
     assert not steps
+
+
+def test_a_weight_written_or_replaced_between_two_tokens_is_what_the_next_one_reads(steps: list[Tensor]) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, "large", "mlstm"), tokens(1, 5)
+    mixer = model.model.layers[0].mixer
+
+    def written() -> None:
+        mixer.q_proj.weight.data.mul_(2.0)  # unseen by version counters
+
+    def moved() -> None:
+        mixer.k_proj.weight.data = 3.0 * mixer.k_proj.weight.data
+
+    def replaced() -> None:
+        mixer.v_proj.weight = nn.Parameter(torch.ones_like(mixer.v_proj.weight))
+
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        seen = [model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits]
+        for change in (written, moved, replaced):
+            change()
+            seen.append(model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits)
+            assert_same(seen[-1], copy.deepcopy(model)(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits)
+            assert not torch.equal(*seen[-2:])
+    assert len(steps) == 7
+
+
+def test_a_model_that_moves_or_is_copied_keeps_no_plan() -> None:
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(1, 5)
+    with torch.no_grad():
+        decode(model, ids)
+    assert model.model.stepper.plan
+    assert not copy.deepcopy(model).model.stepper.plan
+    assert not pickle.loads(pickle.dumps(model)).model.stepper.plan
+    assert not model.to(torch.float64).model.stepper.plan
+
+
+def test_fewer_layers_while_drafting_are_stepped(steps: list[Tensor]) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, "large", "mlstm"), tokens(1, 6)
+    with torch.no_grad():
+        decode(model, ids)
+        model.config.num_hidden_layers -= 1
+        actual = decode(model, ids)
+    assert len(steps) == 4
+    assert_same(actual, decode(model, ids))
