@@ -178,7 +178,8 @@ def write_rest(work: Conversion, tokenizer: Path) -> bool:
     else:
         GenerationConfig.from_model_config(work.config).save_pretrained(work.target)
     for path in sorted(tokenizer.iterdir()):
-        if any(fnmatch.fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES):
+        # scripts/train.py leaves a folder of such a name beside the files.
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES):
             shutil.copyfile(path, work.target / path.name)
     needs_bos = bool(work.to_ours and read_config(work.source).get("force_bos_token_insert"))
     if needs_bos and (work.target / "tokenizer.json").is_file():

@@ -33,6 +33,7 @@ from corpus import WrongInput
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, set_seed
+from transformers.hf_argparser import string_to_bool
 from trl import SFTConfig, SFTTrainer
 
 from modeling_xlstm import XLSTMCache
@@ -63,6 +64,13 @@ def parse(words: Sequence[str]) -> tuple[str, SFTConfig, TuneArguments]:
     kinds: Any = [SFTConfig, TuneArguments]
     parser = HfArgumentParser(kinds)
     parser.set_defaults(use_cache=True, logging_steps=10)
+    if not torch.accelerator.is_available():
+        # TRL computes in bfloat16 unless told otherwise, which Trainer refuses on a CPU that it was not told of.
+        parser.set_defaults(use_cpu=True, bf16=False)
+    for action in parser._actions:
+        # Switches whose default TRL finds later, such as --bf16, would want a word after them.
+        if action.type is string_to_bool and action.nargs is None:
+            action.nargs, action.const = "?", True
     settings, tune = parser.parse_args_into_dataclasses(list(words[1:]))
     return words[0], settings, tune
 

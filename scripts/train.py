@@ -210,6 +210,8 @@ def train(settings: TrainingArguments, run: RunArguments) -> None:
     if settings.resume_from_checkpoint is None and checkpoint is not None:
         settings.resume_from_checkpoint = str(checkpoint)
         say(f"Resuming   at step {step_of(checkpoint):,}")
+    if settings.torch_compile and run.gate_statistics:
+        say("Gates      not logged: --torch_compile would trace every step that is watched anew")
     if trainer.costs.peak is None:
         say("MFU        not logged: this device is in no table; give its best with --peak_flops")
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)

@@ -64,6 +64,13 @@ def load(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 
+def test_without_a_gpu_the_documented_commands_are_understood(script: ModuleType) -> None:
+    words = ["base", "--data", "text.jsonl", "--output_dir", "out"]
+    _, settings, _ = script.parse(words)
+    assert settings.bf16 is torch.accelerator.is_available() is not settings.use_cpu
+    assert script.parse([*words, "--bf16"])[1].bf16
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "prompt", "state"])
 def test_every_method_learns_the_examples_and_leaves_what_loads(method: str, script: ModuleType) -> None:
     tune(script, "--data", "text.jsonl", "--method", method)
