@@ -75,8 +75,8 @@ def is_hooked(module: nn.Module) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim; x and the weight are kept."""
-    if x.is_cuda or torch.compiler.is_compiling():
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)  # one kernel, which keeps no more
+    if x.is_cuda or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)  # on a GPU one kernel, which keeps no more
     y: Tensor = _RMSNorm.apply(x, weight, eps)
     return y
 

@@ -39,6 +39,7 @@ def _forward(
     P = P4 // 4
     gates, primes, states = torch.empty_like(x), x.new_empty(2, T, H, B, P), x.new_empty(4, T, H, B, P)
     c, n, m, h = state
+    z = torch.empty_like(c)
     begins = [] if reset is None else reset.any(1).tolist()
     # All views at once: made in the loop, they would take as long as the operations.
     steps = zip(
@@ -62,7 +63,8 @@ def _forward(
         torch.sub(log_i, m, out=i_prime)
         torch.sub(log_f, m, out=f_prime)
         prime.exp_()
-        c = torch.mul(f_prime, c, out=c_t).addcmul_(i_prime, z_t.tanh_())
+        z_t.copy_(z.copy_(z_t).tanh_())  # of a slice, it takes four times as long
+        c = torch.mul(f_prime, c, out=c_t).addcmul_(i_prime, z)
         n = torch.addcmul(i_prime, f_prime, n, out=n_t)
         h = torch.div(c, n, out=h_t)
         h = (h.tanh_() if output_tanh else h).mul_(o_t.sigmoid_())
