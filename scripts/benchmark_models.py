@@ -152,15 +152,20 @@ def ids(size: Size, B: int, T: int, seed: int = 1) -> Tensor:
 
 
 def training(model: Any, tokens: Tensor) -> Contestant:
-    """One optimizer step; the learning rate is zero, so that every step does the same and can be compared."""
+    """One optimizer step, from the model's own loss where it has one, as Transformers' Trainer does it.
+
+    The learning rate is zero, so that every step does the same and can be compared.
+    """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     embedding = next(module for module in model.modules() if isinstance(module, torch.nn.Embedding)).weight
 
     def run(_: None) -> Tensor:
-        logits = model(tokens) if kind(model) == "xLSTMLMModel" else model(tokens, use_cache=False).logits
-        scores = logits[:, :-1].flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(scores.float(), tokens[:, 1:].flatten())
+        if kind(model) == "xLSTMLMModel":
+            scores = model(tokens)[:, :-1].flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(scores.float(), tokens[:, 1:].flatten())
+        else:
+            loss = model(tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         optimizer.step()
         gradient: Tensor = embedding.grad  # type: ignore[assignment]

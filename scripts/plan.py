@@ -3,8 +3,9 @@
     python scripts/plan.py configuration/model/xlstm_neurips_1_3b.json --batch 8 --block_size 2048 --precision mixed \
         --gradient_checkpointing --device "H100 80GB HBM3" --devices 8 --sharding zero3 --total_tokens 30e9
 
-Nothing is computed and nothing downloaded; the model may be far larger than this machine. docs/training.md says how
-near the numbers came to real runs, and what they leave out.
+No number is computed and nothing downloaded; the model may be far larger than this machine. One block of each kind is
+walked through, operation by operation, which takes a minute or two where rows are long. docs/training.md says how near
+the numbers came to real runs, and what they leave out.
 """
 
 from __future__ import annotations

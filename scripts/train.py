@@ -191,6 +191,8 @@ def check(run: RunArguments, settings: TrainingArguments) -> None:
         raise WrongInput("`--streaming` needs `--max_steps`, for a stream says not how long it is.")
     if run.streaming and run.carry_state:
         raise WrongInput("`--carry_state` needs every lane's place in the text, which `--streaming` has not.")
+    if settings.prediction_loss_only:
+        raise WrongInput("`--prediction_loss_only` leaves out the nats that bits per byte are made of. Leave it out.")
 
 
 def train(settings: TrainingArguments, run: RunArguments) -> None:

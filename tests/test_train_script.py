@@ -181,6 +181,7 @@ def test_two_processes_train_to_the_weights_of_one(script: ModuleType, tmp_path:
         (["--text", "a.jsonl", "b.parquet"], "files of one kind; got"),
         (["--text", "none.txt"], "`--text` must name files"),
         (["--text", "rows.jsonl", "--text_column", "body"], "a column `body` is needed; got"),
+        (["--prediction_loss_only"], "`--prediction_loss_only` leaves out the nats"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_by_name(
