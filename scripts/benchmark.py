@@ -1,6 +1,6 @@
 """Time this package against its peers on the CPU: training, prefill, decoding and the cells alone, as ratios.
 
-Half an hour on 2 CPU cores that do nothing else; the peers are optional, and only measured against:
+Three quarters of an hour on 2 CPU cores that do nothing else; the peers are optional, and only measured against:
 
     pip install xlstm mlstm_kernels
     python scripts/benchmark.py --json benchmark.json --plots plots

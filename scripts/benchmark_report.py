@@ -146,11 +146,13 @@ def write_between_marks(path: Path, text: str) -> None:
 
 
 def draw_plots(result: Result, folder: Path) -> None:
-    """Draw ratios.png, time_per_token.png and state.png, as far as they were measured."""
+    """Draw ratios.png, throughput.png, time_per_token.png and state.png, as far as they were measured."""
     folder.mkdir(parents=True, exist_ok=True)
     claims = [{**claim, "work": row["work"]} for row in result["rows"] for claim in row["claims"]]
     if claims:
         draw(lambda figure: bars(figure, claims), (9.0, 2.2 + 0.25 * len(claims)), folder / "ratios.png")
+    if others := [row for row in result["rows"] if row["kind"] == "other" and "tokens_per_second" in row]:
+        draw(lambda figure: throughput(figure, others), (6.0, 0.6 + 1.2 * len(others)), folder / "throughput.png")
     if models := result.get("contexts", {}).get("models"):
         lengths = result["contexts"]["lengths"]
         time = curves(lengths, models, "milliseconds", 1.0, "Decoding one token, batch 1", "milliseconds per token")
@@ -180,6 +182,20 @@ def curves(
     from matplotlib.ticker import LogLocator
 
     return plot
+
+
+def throughput(figure: Any, rows: list[Result]) -> None:
+    """Tokens per second of models of about one size, a panel for each row."""
+    for axes, row in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+        names, speeds = zip(*row["tokens_per_second"].items(), strict=True)
+        axes.barh(range(len(names)), speeds, color=[MET, *[MEASURED] * (len(names) - 1)], height=0.7)
+        for i, speed in enumerate(speeds):
+            axes.annotate(f"{speed:,.0f}", (speed, i), (5, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set_yticks(range(len(names)), [LABELS[name] for name in names], fontsize=8)
+        axes.set_title(f"{row['work'].replace(' others', '')}, tokens/s", fontsize=10)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
 
 
 def bars(figure: Any, claims: list[Result]) -> None:

@@ -58,11 +58,12 @@ def test_assisted_decoding_is_timed_with_every_kind_of_draft(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_benchmark_of_tiny_models_leaves_json_tables_and_plots(tmp_path: Path) -> None:
-    rows = ("train large 4x63", "decode large batch 1 bf16", "contexts")
+    rows = ("train large 4x63", "decode large batch 1 bf16", "prefill others", "contexts")
     (tmp_path / "README.md").write_text("before\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nafter\n", "utf-8")
     files = ("--plots", tmp_path / "plots", "--markdown", tmp_path / "README.md")
     result = benchmark("benchmark.py", tmp_path, "--tiny", "--only", *rows, *files, rounds=1, seconds=0, threads=1)
-    decoding, training = result["rows"]
+    decoding, training, others = result["rows"]
+    assert {"ours", "llama", "mamba2"} == others["tokens_per_second"].keys()
     assert {"ours", "transformers (inference)", "floor"} <= decoding["milliseconds"].keys()
     assert 0 < decoding["difference"] < 1
     assert [claim["what"] for claim in training["claims"]] == ["speed", "memory"]
@@ -72,7 +73,8 @@ def test_a_benchmark_of_tiny_models_leaves_json_tables_and_plots(tmp_path: Path)
     assert models["llama"]["state_bytes"][1] > models["llama"]["state_bytes"][0]
     assert models["ours"]["state_bytes"][1] == models["ours"]["state_bytes"][0] > 0
     assert {"cpu", "cores", "flags", "threads", "versions", "commit", "command", "date"} <= result["about"].keys()
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"ratios.png", "time_per_token.png", "state.png"}
+    plots = {"ratios.png", "throughput.png", "time_per_token.png", "state.png"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == plots
     readme = (tmp_path / "README.md").read_text("utf-8")
     assert "| train large 4x63" in readme
     assert "old" not in readme
