@@ -1,6 +1,7 @@
 """Time this package against its peers on the CPU: training, prefill, decoding and the cells alone, as ratios.
 
-Three quarters of an hour on 2 CPU cores that do nothing else; the peers are optional, and only measured against:
+More than an hour on 2 CPU cores that do nothing else, of which the official sLSTM's gradients at T 4096 take a third; the
+peers are optional, and only measured against:
 
     pip install xlstm mlstm_kernels
     python scripts/benchmark.py --json benchmark.json --plots plots

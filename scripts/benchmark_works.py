@@ -165,8 +165,6 @@ def neurips_rows(size: Size) -> Iterator[Row]:
         yield f"train neurips 4x{short} {name}", Work(makers, "peer", 2.2, 0.35, AGREEMENT[dtype], need, judge)
     for T in (short, 8 * short):
         for name, backward, target in (("forward", False, 6.0), ("forward+backward", True, 8.0)):
-            if backward and short < T:
-                continue  # the official cell's takes time with T squared: four minutes a turn
             layers: dict[str, Maker] = {w: partial(slstm_layer, size, T, backward, w) for w in ("ours", "official")}
             yield f"slstm layer 4x{T} {name}", Work(layers, "peer", target, None, AGREEMENT[F32], need)
     for name, backward in (("forward", False), ("forward+backward", True)):
