@@ -1,6 +1,6 @@
 """Time this package against its peers on the CPU: training, prefill, decoding and the cells alone, as ratios.
 
-More than an hour on 2 CPU cores that do nothing else, of which the official sLSTM's gradients at T 4096 take a third; the
+More than an hour on 2 CPU cores that do nothing else, a third of it for the official sLSTM's gradients at T 4096; the
 peers are optional, and only measured against:
 
     pip install xlstm mlstm_kernels
