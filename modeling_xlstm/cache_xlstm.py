@@ -47,11 +47,11 @@ class XLSTMCacheLayer(LinearAttentionLayer):
 
     def store_(self, state: LayerState | None) -> None:
         """Replace the state; None forgets it."""
-        cell = dict.fromkeys(self.recurrent_states) if state is None else dict(enumerate(state.cell))
-        self.recurrent_states.update(cell)
-        self.conv_states[0] = None if state is None else state.conv
-        for i, tensor in self.recurrent_states.items():
+        cell, conv = ((None,) * len(self.recurrent_states), None) if state is None else (state.cell, state.conv)
+        for i, tensor in enumerate(cell):
+            self.recurrent_states[i] = tensor
             self.is_recurrent_states_initialized[i] = self.has_previous_state[i] = tensor is not None
+        self.conv_states[0] = conv
         self.borrowed = False
         self.is_conv_states_initialized[0] = self.conv_states[0] is not None
         if state is not None:

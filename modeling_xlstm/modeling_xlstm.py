@@ -24,7 +24,7 @@ from .layers_xlstm import block_norm
 from .ops_lean import cross_entropy, soft_cap
 from .pretrained_xlstm import XLSTMPreTrainedModel
 from .states_xlstm import Call, LayerState
-from .step_xlstm import Stepper, StepPlan
+from .step_xlstm import Stepper
 from .tokens_xlstm import TokenLayout, lay_out_tokens, next_real_tokens
 
 logger = logging.get_logger(__name__)
@@ -46,7 +46,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
         self.post_init()
 
     def _apply(self, *args: Any, **kwargs: Any) -> XLSTMModel:
-        self.stepper.plan = None  # it would keep the memory that weights move out of
+        self.stepper.drop()
         super()._apply(*args, **kwargs)
         return self
 
@@ -101,15 +101,14 @@ class XLSTMModel(XLSTMPreTrainedModel):
         if len(layers) != self.config.num_hidden_layers:  # fewer while drafting with `assistant_early_exit`
             layers = layers[: self.config.num_hidden_layers]
         hidden: list[Tensor] = []
-        plan = None if T > 1 or output_hidden_states else self._plan_step(layers, x, cache, layout)
-        if plan is not None:
-            y, states = plan.run(x[:, 0], cache.states)  # type: ignore[union-attr]
-            x = y[:, None]
+        stepped = None if T > 1 or output_hidden_states else self._step(layers, x, cache, layout)
+        if stepped is not None:
+            x, states = stepped
         else:
             x, states = self._run_blocks(
                 layers, layout.pack(x), cache, layout, hidden if output_hidden_states else None
             )
-        x = layout.unpack(self.norm(x))
+            x = layout.unpack(self.norm(x))
         if cache is not None:
             cache.store_(states, T, layout.real)
         return BaseModelOutputWithPast(
@@ -118,12 +117,21 @@ class XLSTMModel(XLSTMPreTrainedModel):
             hidden_states=(*hidden, x) if output_hidden_states else None,
         )
 
-    def _plan_step(self, layers: Any, x: Tensor, cache: XLSTMCache | None, layout: TokenLayout) -> StepPlan | None:
-        """The short way of a token through the blocks, where it may take it."""
+    def _step(
+        self, layers: Any, x: Tensor, cache: XLSTMCache | None, layout: TokenLayout
+    ) -> tuple[Tensor, list[LayerState]] | None:
+        """A token [B, 1, D] through blocks and norm by the short way, or None where it may not take it."""
         plain = cache is not None and cache.tokens_seen > 0 and layout.lengths is None and layout.reset is None
         if not plain or torch.is_grad_enabled() or cache.recording or self.config.debug:  # type: ignore[union-attr]
             return None
-        return self.stepper.plan_for(layers, x) if self.config.kernel_backend in ("auto", "torch") else None
+        if self.config.kernel_backend not in ("auto", "torch"):
+            return None
+        x, states = x[:, 0], cache.states  # type: ignore[union-attr]
+        plan = self.stepper.plan_for(layers, self.norm, x, states)
+        if plan is None:
+            return None
+        y, after = plan.run(x, states)
+        return y[:, None], after
 
     def _run_blocks(
         self, layers: Any, x: Tensor, cache: XLSTMCache | None, layout: TokenLayout, hidden: list[Tensor] | None

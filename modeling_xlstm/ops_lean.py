@@ -111,7 +111,9 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
         capped: Tensor = _SoftCap.apply(x, cap)
         return capped
-    return cap * torch.tanh(x / cap)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return cap * torch.tanh(x / cap)
+    return (x / cap).tanh_().mul_(cap)
 
 
 class _SoftCap(torch.autograd.Function):

@@ -87,12 +87,12 @@ def _weigh_tokens(
     return _Weights(a, M, _weigh(start - base - M) * reached, _weigh(late), _floor(b + M)), m
 
 
-_HIGHEST = {dtype: math.log(torch.finfo(dtype).max) - 3 for dtype in (torch.float32, torch.float64)}
+HIGHEST = {dtype: math.log(torch.finfo(dtype).max) - 3 for dtype in (torch.float32, torch.float64)}
 
 
 def _floor(m: Tensor) -> Tensor:
     """exp(-m), bounded: of a very negative m it would be infinite, and the gradient of x / infinity 0 * infinity."""
-    return (-m).clamp(max=_HIGHEST[m.dtype]).exp_()
+    return (-m).clamp(max=HIGHEST[m.dtype]).exp_()
 
 
 def _stabilisers(

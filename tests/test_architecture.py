@@ -22,7 +22,7 @@ class Module(NamedTuple):
     others: set[str]  # third parties it may import; the standard library is free
 
 
-HOME = 9  # stays with the package; everything below it travels with every checkpoint
+HOME = 10  # stays with the package; everything below it travels with every checkpoint
 CONFIG, STATES, COMMON, TOKENS = "configuration_xlstm", "states_xlstm", "ops_common", "tokens_xlstm"
 LEAN = "ops_lean"
 TRAVELLING = {
@@ -52,18 +52,17 @@ TRAVELLING = {
     "cache_xlstm": Module(5, {CONFIG, STATES, "statefile_xlstm"}, {"torch", "transformers"}),
     "tokens_xlstm": Module(4, set(), {"torch"}),
     "debug_xlstm": Module(5, {STATES}, {"torch"}),
-    "step_xlstm": Module(
-        6, {STATES, LEAN, "ops_mlstm_torch", "ops_slstm_torch", "layers_xlstm", "blocks_xlstm"}, {"torch"}
-    ),
+    "step_parts_xlstm": Module(6, {STATES, "ops_mlstm_torch", "layers_xlstm", "blocks_xlstm"}, {"torch", "numpy"}),
+    "step_xlstm": Module(7, {STATES, LEAN, "layers_xlstm", "blocks_xlstm", "step_parts_xlstm"}, {"torch", "numpy"}),
     "pretrained_xlstm": Module(5, {CONFIG, "layers_xlstm"}, {"torch", "transformers"}),
     "decoding_xlstm": Module(6, {STATES, "cache_xlstm"}, {"torch", "transformers"}),
     "modeling_xlstm": Module(
-        7,
+        8,
         {CONFIG, STATES, LEAN, TOKENS, "layers_xlstm", "blocks_xlstm", "step_xlstm", "cache_xlstm", "debug_xlstm"}
         | {"decoding_xlstm", "pretrained_xlstm"},
         {"torch", "transformers"},
     ),
-    "forecasting_xlstm": Module(8, {CONFIG, "modeling_xlstm", "pretrained_xlstm"}, {"torch", "transformers"}),
+    "forecasting_xlstm": Module(9, {CONFIG, "modeling_xlstm", "pretrained_xlstm"}, {"torch", "transformers"}),
 }
 MODULES = {
     **TRAVELLING,

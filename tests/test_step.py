@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from inputs import STYLES, tiny_model, tokens
-from tolerances import BFLOAT16, assert_same
+from tolerances import BFLOAT16, assert_identical, assert_same
 from torch import Tensor, nn
 
 from modeling_xlstm import XLSTMForCausalLM
@@ -144,28 +146,44 @@ def test_a_weight_written_or_replaced_between_two_tokens_is_what_the_next_one_re
     def moved() -> None:
         mixer.k_proj.weight.data = 3.0 * mixer.k_proj.weight.data
 
+    def capped() -> None:
+        mixer.cell.options = dataclasses.replace(mixer.cell.options, gate_soft_cap=0.5)
+
     def replaced() -> None:
         mixer.v_proj.weight = nn.Parameter(torch.ones_like(mixer.v_proj.weight))
 
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
         seen = [model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits]
-        for change in (written, moved, replaced):
+        for change in (written, moved, capped, replaced):
             change()
             seen.append(model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits)
             assert_same(seen[-1], copy.deepcopy(model)(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits)
             assert not torch.equal(*seen[-2:])
-    assert len(steps) == 7
+    assert len(steps) == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_norm_written_between_two_tokens_is_what_the_next_one_reads(dtype: torch.dtype, steps: list[Tensor]) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, "large", "mlstm").to(dtype), tokens(1, 5)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        before = model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        model.model.norm.weight.data.mul_(2.0)
+        after = model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        assert_same(after, copy.deepcopy(model)(ids[:, :1], past_key_values=cache).logits)
+    assert not torch.equal(before, after)
+    assert len(steps) == 3
 
 
 def test_a_model_that_moves_or_is_copied_keeps_no_plan() -> None:
     model, ids = tiny_model(XLSTMForCausalLM), tokens(1, 5)
     with torch.no_grad():
         decode(model, ids)
-    assert model.model.stepper.plan
-    assert not copy.deepcopy(model).model.stepper.plan
-    assert not pickle.loads(pickle.dumps(model)).model.stepper.plan
-    assert not model.to(torch.float64).model.stepper.plan
+    assert model.model.stepper.watched
+    assert not copy.deepcopy(model).model.stepper.watched
+    assert not pickle.loads(pickle.dumps(model)).model.stepper.watched
+    assert not model.to(torch.float64).model.stepper.watched
 
 
 def test_fewer_layers_while_drafting_are_stepped(steps: list[Tensor]) -> None:
@@ -176,3 +194,69 @@ def test_fewer_layers_while_drafting_are_stepped(steps: list[Tensor]) -> None:
         actual = decode(model, ids)
     assert len(steps) == 4
     assert_same(actual, decode(model, ids))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_token_writes_over_nothing_that_an_earlier_one_gave(style: str, steps: list[Tensor]) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, style, "mixed"), tokens(2, 7)
+    with torch.no_grad():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        hidden = model.model(ids[:, 5:6], past_key_values=cache).last_hidden_state
+        given = hidden, cache.states
+        kept = copy.deepcopy(given)
+        model(ids[:, 6:], past_key_values=cache)
+    assert len(steps) == 2
+    assert_identical(given, kept)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_threads_share_a_model_and_no_numbers(style: str, steps: list[Tensor]) -> None:
+    model, batches = tiny_model(XLSTMForCausalLM, style, "mixed"), [tokens(2, 40), tokens(2, 40).flip(0)]
+
+    def run(ids: Tensor) -> Any:
+        with torch.no_grad():
+            return decode(model, ids)
+
+    expected = [run(ids) for ids in batches]
+    with ThreadPoolExecutor(2) as pool:
+        assert_identical(list(pool.map(run, batches)), expected)
+    assert len(steps) == 4 * 36
+
+
+def test_batches_of_other_sizes_and_modes_follow_each_other(steps: list[Tensor]) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(3, 6)
+    expected = decode(model, ids)
+    with torch.inference_mode():
+        decode(model, ids[:1])
+        inferred = decode(model, ids)
+    with torch.no_grad():
+        assert_same(decode(model, ids), expected)
+        decode(model, ids[:2])
+    assert_same(inferred, expected)
+    assert len(steps) == 8
+
+
+def test_states_of_another_dtype_or_with_gradients_take_the_long_way(steps: list[Tensor]) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, state_dtype="float64").float(), tokens(1, 6)
+    expected = decode(model, ids)
+    with torch.no_grad():
+        assert_same(decode(model, ids), expected)
+    plain = tiny_model(XLSTMForCausalLM)
+    cache = plain(ids, use_cache=True).past_key_values
+    assert any(x.requires_grad for state in cache.states for x in state.cell)
+    with torch.no_grad():
+        assert plain(ids[:, :1], past_key_values=cache).logits.isfinite().all()
+    assert not steps
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_gates_of_any_size_are_those_of_the_long_way(style: str, steps: list[Tensor]) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, style, "mixed", gate_soft_cap=None), tokens(2, 8)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "bias" and module.__class__.__name__ in ("Linear", "SLSTMLayer"):
+                parameter.data.copy_(torch.linspace(-300.0, 300.0, parameter.numel()).view_as(parameter))
+    expected = decode(model, ids)
+    with torch.no_grad():
+        assert_same(decode(model, ids), expected)
+    assert len(steps) == 4
