@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .configuration_xlstm import XLSTMConfig
+from .ops_half import Linear, bmm
 from .ops_lean import project, rms_norm
 from .ops_mlstm import mlstm, mlstm_step_
 from .ops_slstm import slstm
@@ -104,7 +105,7 @@ class HeadwiseLinear(nn.Module):
             weight = weight.view(-1, together, out_size, 1, in_size) * between  # zeros off the diagonal
             weight = weight.reshape(-1, together * out_size, together * in_size)
         heads, _, in_size = weight.shape
-        y = torch.bmm(x.reshape(-1, heads, in_size).transpose(0, 1), weight.mT)
+        y = bmm(x.reshape(-1, heads, in_size).transpose(0, 1), weight.mT)
         y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
@@ -181,9 +182,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: XLSTMConfig):
         super().__init__()
         D, U = config.hidden_size, config.ffn_size
-        self.gate_proj = None if config.block_style == "residual" else nn.Linear(D, U, bias=config.ffn_bias)
-        self.up_proj = nn.Linear(D, U, bias=config.ffn_bias)
-        self.down_proj = nn.Linear(U, D, bias=config.ffn_bias)
+        self.gate_proj = None if config.block_style == "residual" else Linear(D, U, bias=config.ffn_bias)
+        self.up_proj = Linear(D, U, bias=config.ffn_bias)
+        self.down_proj = Linear(U, D, bias=config.ffn_bias)
         # Transformers has no name for this one.
         self.act = nn.SELU() if config.hidden_act == "selu" else ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.ffn_dropout)
@@ -298,14 +299,14 @@ class MLSTMLayer(nn.Module):
     def __init__(self, config: XLSTMConfig, layer_idx: int):
         super().__init__()
         D, bias = config.hidden_size, config.use_bias
-        self.q_proj = nn.Linear(D, config.qk_size, bias=bias)
-        self.k_proj = nn.Linear(D, config.qk_size, bias=bias)
-        self.v_proj = nn.Linear(D, config.v_size, bias=bias)
-        self.igate = nn.Linear(D, config.num_heads)
-        self.fgate = nn.Linear(D, config.num_heads)
-        self.ogate = nn.Linear(D, config.v_size, bias=bias)
+        self.q_proj = Linear(D, config.qk_size, bias=bias)
+        self.k_proj = Linear(D, config.qk_size, bias=bias)
+        self.v_proj = Linear(D, config.v_size, bias=bias)
+        self.igate = Linear(D, config.num_heads)
+        self.fgate = Linear(D, config.num_heads)
+        self.ogate = Linear(D, config.v_size, bias=bias)
         self.cell = MLSTMHeads(config, window=0)
-        self.out_proj = nn.Linear(config.v_size, D, bias=bias)
+        self.out_proj = Linear(config.v_size, D, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:
@@ -324,16 +325,16 @@ class UpMLSTMLayer(nn.Module):
         super().__init__()
         D, E, bias = config.hidden_size, config.inner_size, config.use_bias
         blocks, blocksize = E // config.qkv_proj_blocksize, config.qkv_proj_blocksize
-        self.up_proj = nn.Linear(D, 2 * E, bias=bias)  # cell branch first, then gate branch
+        self.up_proj = Linear(D, 2 * E, bias=bias)  # cell branch first, then gate branch
         self.conv = CausalConv(E, config.conv_kernel_size)
         self.q_proj = HeadwiseLinear(blocks, blocksize, blocksize, bias)
         self.k_proj = HeadwiseLinear(blocks, blocksize, blocksize, bias)
         self.v_proj = HeadwiseLinear(blocks, blocksize, blocksize, bias)
-        self.igate = nn.Linear(3 * E, config.num_heads)
-        self.fgate = nn.Linear(3 * E, config.num_heads)
+        self.igate = Linear(3 * E, config.num_heads)
+        self.fgate = Linear(3 * E, config.num_heads)
         self.cell = MLSTMHeads(config, config.conv_kernel_size)
         self.skip = nn.Parameter(torch.ones(E))
-        self.down_proj = nn.Linear(E, D, bias=bias)
+        self.down_proj = Linear(E, D, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:

@@ -21,6 +21,7 @@ from .configuration_xlstm import XLSTMConfig
 from .debug_xlstm import check_finite
 from .decoding_xlstm import DecodeLoop
 from .layers_xlstm import block_norm
+from .ops_half import Linear
 from .ops_lean import cross_entropy, soft_cap
 from .pretrained_xlstm import XLSTMPreTrainedModel
 from .states_xlstm import Call, LayerState
@@ -243,7 +244,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             raise ValueError("A language model needs a `vocab_size`; got 0, the default with an `input_size`.")
         self.model = XLSTMModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.decode_loop = DecodeLoop()
         self.post_init()
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from .ops_half import Linear
+
 
 def make_again(make: Callable[..., Tensor], modules: Iterable[nn.Module], *inputs: Tensor | None) -> Tensor:
     """make(*inputs), of which the inputs alone are kept; the backward pass makes again what it needs of the rest.
@@ -60,7 +62,7 @@ def project(
 
     A projection that is more than its product (adapters, hooks, quantised weights) runs once and keeps its own input.
     """
-    if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not is_hooked(linear):
+    if type(linear) in (nn.Linear, Linear) and type(linear.weight) is nn.Parameter and not is_hooked(linear):
         return make_again(lambda *xs: linear(make(*xs)), (*modules, linear), *inputs)
     projected: Tensor = linear(make_again(make, modules, *inputs))
     return projected
@@ -111,8 +113,6 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
         capped: Tensor = _SoftCap.apply(x, cap)
         return capped
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return cap * torch.tanh(x / cap)
     return (x / cap).tanh_().mul_(cap)
 
 

@@ -30,13 +30,14 @@ from .layers_xlstm import (
     SLSTMLayer,
     UpMLSTMLayer,
 )
+from .ops_half import Linear
 from .ops_lean import is_hooked
 from .states_xlstm import LayerState
 from .step_parts_xlstm import Room, plan_block, plan_norm
 
 _KNOWN = {
     XLSTMBlock, RMSNorm, LayerNorm, HeadNorm, HeadwiseLinear, CausalConv, FeedForward, MLSTMHeads, MLSTMLayer,
-    UpMLSTMLayer, SLSTMLayer, nn.Linear, nn.Dropout, nn.Identity,
+    UpMLSTMLayer, SLSTMLayer, Linear, nn.Dropout, nn.Identity,
 }  # fmt: skip
 
 
@@ -45,10 +46,11 @@ class Watch:
 
     Args:
         modules: the blocks and the norm after them.
+        dtype: of the weights.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]):
-        self.roots = list(modules)
+    def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype):
+        self.roots, self.dtype = list(modules), dtype
         self.modules = every = [module for root in modules for module in root.modules()]
         self.kinds = [module.__class__ for module in every]
         self.attributes = [module.__dict__ for module in every]
@@ -60,10 +62,10 @@ class Watch:
         self.parameters = [p for p in self.parts if isinstance(p, Tensor)]
         self.addresses = [p.data_ptr() for p in self.parameters]
 
-    def is_plain(self, dtype: torch.dtype) -> bool:
+    def is_plain(self) -> bool:
         """Whether all that the modules do is written here; an activation is called, whichever it is."""
         known = all(m.__class__ in _KNOWN or not (m._parameters or m._modules) for m in self.modules)
-        plain = (p.__class__ is nn.Parameter and p.dtype is dtype and p.is_cpu for p in self.parameters)
+        plain = (p.__class__ is nn.Parameter and p.dtype is self.dtype and p.is_cpu for p in self.parameters)
         return known and all(plain) and not any(map(is_hooked, self.modules)) and self.is_current(self.roots)
 
     def is_current(self, modules: Sequence[nn.Module]) -> bool:
@@ -75,7 +77,7 @@ class Watch:
         return (
             self.roots == list(modules)
             and [module.__class__ for module in self.modules] == self.kinds
-            and all(map(operator.is_, [owner[name] for owner, name in self.places], self.parts))
+            and all(map(operator.is_, [owner.get(name) for owner, name in self.places], self.parts))
             and [p.data_ptr() for p in self.parameters] == self.addresses
             and not any(own["training"] or "forward" in own for own in self.attributes)
         )
@@ -93,7 +95,7 @@ class StepPlan:
 
     def __init__(self, blocks: Sequence[nn.Module], norm: nn.Module, shape: torch.Size, dtype: torch.dtype):
         B, D = shape
-        self.made_for = shape, dtype
+        self.shape = shape
         self.room = Room(B, D, dtype)
         self.steps = [plan_block(cast(XLSTMBlock, block), self.room) for block in blocks]
         self.norm = plan_norm(norm, self.room)
@@ -152,14 +154,16 @@ class Stepper:
         modules = [*blocks, norm]
         watched = self.watched  # other threads may replace it
         if watched is None or not watched[0].is_current(modules):
-            watch = Watch(modules)
-            if not watch.is_plain(x.dtype):
+            watch = Watch(modules, x.dtype)
+            if not watch.is_plain():
                 self.drop()
                 return None
             watched = self.watched = watch, threading.local()
+        if watched[0].dtype is not x.dtype:
+            return None
         own = watched[1].__dict__
         plan: StepPlan | None = own.get("plan")
-        if plan is None or plan.made_for != (x.shape, x.dtype):
+        if plan is None or x.shape != plan.shape:
             with torch.inference_mode(False):  # tensors made in that mode could not be written to outside
                 plan = own["plan"] = StepPlan(blocks, norm, x.shape, x.dtype)
         return plan

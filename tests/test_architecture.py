@@ -24,12 +24,13 @@ class Module(NamedTuple):
 
 HOME = 10  # stays with the package; everything below it travels with every checkpoint
 CONFIG, STATES, COMMON, TOKENS = "configuration_xlstm", "states_xlstm", "ops_common", "tokens_xlstm"
-LEAN = "ops_lean"
+LEAN, HALF = "ops_lean", "ops_half"
 TRAVELLING = {
     CONFIG: Module(0, set(), {"transformers", "huggingface_hub"}),
     STATES: Module(0, set(), {"torch"}),
     COMMON: Module(0, set(), {"torch"}),
-    LEAN: Module(0, set(), {"torch"}),
+    HALF: Module(0, set(), {"torch"}),
+    LEAN: Module(1, {HALF}, {"torch"}),
     TOKENS: Module(0, set(), {"torch"}),
     "ops_mlstm_reference": Module(1, {STATES, COMMON}, {"torch"}),
     "ops_slstm_reference": Module(1, {STATES, COMMON}, {"torch"}),
@@ -46,19 +47,21 @@ TRAVELLING = {
     "ops_slstm_triton_kernels": Module(0, set(), {"triton"}),
     "ops_slstm_triton": Module(2, {STATES, COMMON, "ops_slstm_triton_kernels"}, {"torch", "triton"}),
     "ops_slstm": Module(3, {STATES, COMMON, "ops_slstm_reference", "ops_slstm_torch", "ops_slstm_triton"}, {"torch"}),
-    "layers_xlstm": Module(4, {CONFIG, STATES, LEAN, "ops_mlstm", "ops_slstm"}, {"torch", "transformers"}),
+    "layers_xlstm": Module(4, {CONFIG, STATES, LEAN, HALF, "ops_mlstm", "ops_slstm"}, {"torch", "transformers"}),
     "blocks_xlstm": Module(5, {CONFIG, STATES, "layers_xlstm"}, {"torch", "transformers"}),
     "statefile_xlstm": Module(1, {CONFIG, STATES}, {"torch", "safetensors"}),
     "cache_xlstm": Module(5, {CONFIG, STATES, "statefile_xlstm"}, {"torch", "transformers"}),
     "tokens_xlstm": Module(4, set(), {"torch"}),
     "debug_xlstm": Module(5, {STATES}, {"torch"}),
     "step_parts_xlstm": Module(6, {STATES, "ops_mlstm_torch", "layers_xlstm", "blocks_xlstm"}, {"torch", "numpy"}),
-    "step_xlstm": Module(7, {STATES, LEAN, "layers_xlstm", "blocks_xlstm", "step_parts_xlstm"}, {"torch", "numpy"}),
+    "step_xlstm": Module(
+        7, {STATES, LEAN, HALF, "layers_xlstm", "blocks_xlstm", "step_parts_xlstm"}, {"torch", "numpy"}
+    ),
     "pretrained_xlstm": Module(5, {CONFIG, "layers_xlstm"}, {"torch", "transformers"}),
     "decoding_xlstm": Module(6, {STATES, "cache_xlstm"}, {"torch", "transformers"}),
     "modeling_xlstm": Module(
         8,
-        {CONFIG, STATES, LEAN, TOKENS, "layers_xlstm", "blocks_xlstm", "step_xlstm", "cache_xlstm", "debug_xlstm"}
+        {CONFIG, STATES, LEAN, HALF, TOKENS, "layers_xlstm", "blocks_xlstm", "step_xlstm", "cache_xlstm", "debug_xlstm"}
         | {"decoding_xlstm", "pretrained_xlstm"},
         {"torch", "transformers"},
     ),
@@ -266,7 +269,7 @@ def test_the_two_op_families_and_transformers_stay_apart() -> None:
         if name.startswith("ops_"):
             assert "transformers" not in row.others
             assert not {
-                to for to in row.ours if to.startswith("ops_") and to[4] != name[4] and to not in (COMMON, LEAN)
+                to for to in row.ours if to.startswith("ops_") and to[4] != name[4] and to not in (COMMON, LEAN, HALF)
             }
 
 

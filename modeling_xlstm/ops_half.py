@@ -1,0 +1,106 @@
+"""Products of half precision on CPUs that have no units for it: through float32, and rounded once.
+
+There torch's own products of bfloat16 convert inside their loops, which took three to four times as long as converting
+both operands at once and multiplying in float32. What the backward pass needs is kept in half precision.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+ROWS, COLUMNS = 64, 32  # of a result; with fewer, converting the operands takes what the product gains
+UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+
+
+@functools.cache
+def has_units(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies numbers of this dtype itself; True too where torch cannot tell."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of a later torch than 2.7
+    if dtype not in UNITS or known.get("architecture") != "x86_64":
+        return True
+    return any(known.get(unit) for unit in UNITS[dtype])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` over [..., I], the same to a rounding."""
+    if not x.is_cpu:
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu"):
+        half = torch.get_autocast_dtype("cpu")
+        x, weight, bias = x.to(half), weight.to(half), None if bias is None else bias.to(half)
+    if not _gains(x, weight, x.shape[:-1].numel(), weight.shape[0]):
+        return F.linear(x, weight, bias)
+    y: Tensor = _Linear.apply(x, weight, bias)
+    return y
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by that product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.bmm` of [G, M, K] and [G, K, N], the same to a rounding; not for autocast."""
+    if not _gains(a, b, a.shape[1], b.shape[2]) or torch.is_autocast_enabled("cpu"):
+        return torch.bmm(a, b)
+    y: Tensor = _Products.apply(a, b)
+    return y
+
+
+def _gains(a: Tensor, b: Tensor, rows: int, columns: int) -> bool:
+    """Whether a product is a large one of plain half-precision tensors on a CPU without units for them."""
+    return (
+        a.element_size() == 2
+        and min(rows - ROWS, columns - COLUMNS) >= 0
+        and a.is_cpu
+        and a.dtype is b.dtype
+        and not has_units(a.dtype)
+        and not torch.compiler.is_compiling()
+        and {type(a), type(b)} <= {Tensor, nn.Parameter}
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        with torch.autocast("cpu", enabled=False):
+            rows, transposed = x.flatten(0, -2).float(), weight.float().t()
+            y = rows @ transposed if bias is None else torch.addmm(bias.float(), rows, transposed)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (x, weight), dy = ctx.saved_tensors, dy.flatten(0, -2).float()
+        dx = dweight = dbias = None
+        with torch.autocast("cpu", enabled=False):
+            if ctx.needs_input_grad[0]:
+                dx = (dy @ weight.float()).to(x.dtype).view(x.shape)
+            if ctx.needs_input_grad[1]:
+                dweight = (dy.t() @ x.flatten(0, -2).float()).to(weight.dtype)
+            if ctx.has_bias and ctx.needs_input_grad[2]:
+                dbias = dy.sum(0).to(weight.dtype)
+        return dx, dweight, dbias
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return torch.bmm(a.float(), b.float()).to(a.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        (a, b), dy = ctx.saved_tensors, dy.float()
+        return torch.bmm(dy, b.float().mT).to(a.dtype), torch.bmm(a.float().mT, dy).to(b.dtype)
