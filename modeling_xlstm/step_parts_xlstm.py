@@ -232,8 +232,9 @@ def _convolution(conv: CausalConv, x: Buffer, out: Buffer, room: Room) -> Callab
 
     def run(state: LayerState) -> Tensor:
         assert state.conv is not None
-        window = state.conv.to(x.narrow.dtype)
-        np.multiply(window.to(x.wide.dtype).numpy(), past, terms)
+        # A conversion to what a tensor is already would take as long as all that follows.
+        window = state.conv if state.conv.dtype is x.narrow.dtype else state.conv.to(x.narrow.dtype)
+        np.multiply((window.to(x.wide.dtype) if x.is_split else window).numpy(), past, terms)
         np.add.reduce(terms, 1, out=y)
         np.multiply(given, last, out.array)
         np.add(y, out.array, y)
@@ -381,7 +382,8 @@ def _slstm_cell(layer: SLSTMLayer, gates: Buffer, room: Room) -> Callable[[Any],
         c, n = state.c.numpy(), state.n.numpy()
         np.add(f, state.m.numpy(), f)
         # A cell that has seen no token forgets nothing, whatever its gate says.
-        np.copyto(f, -np.inf, where=n == 0)
+        if not n.all():
+            np.copyto(f, -np.inf, where=n == 0)
         m = np.maximum(i, f, order="C")
         np.subtract(both, m, both)
         np.exp(both, both)
