@@ -113,7 +113,7 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
         capped: Tensor = _SoftCap.apply(x, cap)
         return capped
-    return (x / cap).tanh_().mul_(cap)
+    return cap * torch.tanh(x / cap)
 
 
 class _SoftCap(torch.autograd.Function):

@@ -108,33 +108,35 @@ def _step_factors(
     return from_c, from_n, from_ratio, ratio, out * o * (1 - o), h_before, closing
 
 
+_After = tuple[Tensor, Tensor | None, Tensor]  # gradients of c and n, of m where it is owed any, and of h
+
+
 def _backward(
-    dh_out: Tensor, d_ends: list[tuple[Tensor, ...] | None], primes: Tensor, R: Tensor, factors: tuple[Tensor, ...],
-    reset: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    dgates: Tensor, dh_out: Tensor, d_ends: list[tuple[Tensor, ...] | None], after: _After, primes: Tensor, R_T: Tensor,
+    factors: tuple[Tensor, ...], reset: Tensor | None,
+) -> _After:  # fmt: skip
     """Run the tokens backwards.
 
     The stabiliser m is held constant, for h does not depend on it. A loss that sees the final c, n or m does: `dm`
     carries what it is owed to the one gate that set m.
 
     Args:
+        dgates: where the gradient of the pre-activations is written, [T, H, B, 4 P].
         dh_out: gradient of every h, [T, H, B, P].
         d_ends: gradients of the state c, n, m, h that some rows end with at token t, or None, for each t.
+        after: gradients that later tokens owe the state c, n [2, H, B, P], m and h after the last.
         primes: i' and f', [2, T, H, B, P].
-        R: recurrent weights, [H, P in, 4 P out].
+        R_T: recurrent weights, [H, 4 P out, P in].
         factors: see `_step_factors`.
         reset: True where a row begins anew, [T, B]; or None.
 
     Returns:
-        dgates: gradient of the pre-activations, [T, H, B, 4 P].
-        dfirst: gradient of c, n, m, h before the first token, m held constant in that of m.
+        before: the same of the state before the first token, m held constant in that of m.
     """
     from_c, from_n, from_ratio, ratio, from_h, _, closing = factors
-    T, H, B, P = dh_out.shape
-    dgates = dh_out.new_empty(T, H, B, 4 * P)
-    dcn = dh_out.new_zeros(2, H, B, P)
-    (dc, dn), (dh_next, dm) = dcn, (dh_out.new_zeros(H, B, P), None)
-    R_T = R.mT.contiguous()
+    T, P = dh_out.shape[0], dh_out.shape[-1]
+    dcn, dm, dh_next = after
+    dc, dn = dcn
     begins = [] if reset is None else reset.any(1).tolist()
     by_gate = dgates.unflatten(-1, (4, P)).movedim(-2, 1)  # [T, 4, H, B, P]
     steps = zip(
@@ -167,7 +169,12 @@ def _backward(
         dh_next = torch.bmm(dg, R_T)
         if begins and begins[t]:
             dh_next = dh_next.masked_fill(reset[t, :, None], 0.0)  # type: ignore[index]
-    return dgates, (dc, dn, torch.zeros_like(dh_next) if dm is None else dm, dh_next)
+    return dcn, dm, dh_next
+
+
+BLOCK = (
+    256  # tokens that are prepared together: long sequences take as long per token, and no more memory than they must
+)
 
 
 class _SLSTM(torch.autograd.Function):
@@ -178,19 +185,25 @@ class _SLSTM(torch.autograd.Function):
         ctx: Any, x: Tensor, R: Tensor, c: Tensor, n: Tensor, m: Tensor, h: Tensor,
         last: Tensor | None, reset: Tensor | None, input_gate: str, output_tanh: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        fresh = n == 0
-        first = c, n, m.masked_fill(fresh, -torch.inf), h
-        gates, primes, states = _forward(x, R, first, reset, input_gate, output_tanh)
+        running: tuple[Tensor, ...] = c, n, m.masked_fill(n == 0, -torch.inf), h
+        ends: tuple[Tensor, ...] = c, n, m, h
+        outputs, size = [], len(x) if any(ctx.needs_input_grad) else BLOCK
+        for start in range(0, len(x), size):
+            tokens = slice(start, start + size)
+            resets = None if reset is None else reset[tokens]
+            gates, primes, states = _forward(x[tokens], R, running, resets, input_gate, output_tanh)
+            running = states[:, -1].unbind()
+            if last is not None:
+                at = last[None, None, :, None] - start
+                index = at.clamp(0, states.shape[1] - 1).expand(1, *c.shape[:1], -1, c.shape[-1])
+                is_here = ((at >= 0) & (at < states.shape[1]))[0]
+                ends = tuple(torch.where(is_here, s.gather(0, index)[0], e) for s, e in zip(states, ends, strict=True))
+            outputs.append(states[3] if size == len(x) else states[3].clone())
         ctx.save_for_backward(gates, primes, states, R, c, n, m, h, last, reset)
         ctx.input_gate, ctx.output_tanh = input_gate, output_tanh
         ctx.set_materialize_grads(False)
-        if last is None:
-            return states[3], *(s[-1].clone() for s in states)
-        index = last.clamp(min=0)[None, None, :, None].expand(1, *c.shape[:1], -1, c.shape[-1])
-        empty = (last < 0)[:, None]
-        return states[3], *(
-            torch.where(empty, s_0, s.gather(0, index)[0]) for s_0, s in zip((c, n, m, h), states, strict=True)
-        )
+        ends = tuple(s.clone() for s in running) if last is None else ends
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs), *ends
 
     @staticmethod
     @once_differentiable
@@ -210,10 +223,21 @@ class _SLSTM(torch.autograd.Function):
                         d_empty = d_t
                     else:
                         ends[t] = (*d_t[:2], d_t[2] - states[0, t] * d_t[0] - states[1, t] * d_t[1], d_t[3])
-        factors = _step_factors(gates, primes, states, (c, n, m, h), reset, ctx.input_gate, ctx.output_tanh)
-        dgates, (dc_0, dn_0, dm_0, dh_0) = _backward(dh_out, ends, primes, R, factors, reset)
-        dR = factors[5].movedim(0, 1).flatten(1, 2).mT @ dgates.movedim(0, 1).flatten(1, 2)
-        d_first = [dc_0, dn_0, dm_0 + c * dc_0 + n * dn_0, dh_0]
+        dgates, dR, R_T = torch.empty_like(gates), torch.zeros_like(R), R.mT.contiguous()
+        after: _After = torch.stack([torch.zeros_like(c)] * 2), None, torch.zeros_like(c)
+        for start in reversed(range(0, len(gates), BLOCK)):
+            tokens = slice(start, start + BLOCK)
+            before = states[:, start - 1].unbind() if start else (c, n, m, h)
+            made, resets = (
+                (gates[tokens], primes[:, tokens], states[:, tokens]),
+                None if reset is None else reset[tokens],
+            )
+            factors = _step_factors(*made, before, resets, ctx.input_gate, ctx.output_tanh)
+            dg = dgates[tokens]
+            after = _backward(dg, dh_out[tokens], ends[tokens], after, made[1], R_T, factors, resets)
+            dR.baddbmm_(factors[5].movedim(0, 1).flatten(1, 2).mT, dg.movedim(0, 1).flatten(1, 2))
+        (dc_0, dn_0), dm_0, dh_0 = after
+        d_first = [dc_0, dn_0, c * dc_0 + n * dn_0 + (0.0 if dm_0 is None else dm_0), dh_0]
         if d_empty is not None:
             d_first = [a + b for a, b in zip(d_first, d_empty, strict=True)]
         return dgates, dR, *d_first, None, None, None, None

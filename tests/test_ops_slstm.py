@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from inputs import outputs_and_gradients, slstm_inputs, slstm_state
 from tolerances import FLOAT32, assert_identical, assert_same
 
-from modeling_xlstm import SLSTMState, slstm
+from modeling_xlstm import SLSTMState, ops_slstm_torch, slstm
 from modeling_xlstm.ops_slstm_reference import slstm_recurrent
 from modeling_xlstm.ops_slstm_torch import slstm_recurrent_torch
 
@@ -27,9 +28,10 @@ BACKENDS = ["torch", "reference"]
     fresh=st.booleans(),
     resets=st.booleans(),
     lengths=st.none() | st.lists(st.integers(0, 12), min_size=2, max_size=2),
+    block=st.sampled_from([1, 5, ops_slstm_torch.BLOCK]),
 )
 def test_the_torch_worker_equals_the_definition_with_states_and_all_gradients(
-    T: int, input_gate: str, output_tanh: bool, fresh: bool, resets: bool, lengths: list[int] | None
+    T: int, input_gate: str, output_tanh: bool, fresh: bool, resets: bool, lengths: list[int] | None, block: int
 ) -> None:
     xs, state = slstm_inputs(T), None if fresh else slstm_state()
     rows = None if lengths is None else torch.tensor(lengths).clamp(max=T)
@@ -42,9 +44,13 @@ def test_the_torch_worker_equals_the_definition_with_states_and_all_gradients(
         "output_tanh": output_tanh,
     }
     results = []
-    for worker in (slstm_recurrent_torch, slstm_recurrent):
-        h, after = worker(*xs, state, **options)
-        results.append(outputs_and_gradients(h * real[..., None, None], after, [*xs, *(state or ())]))
+    with mock.patch.object(ops_slstm_torch, "BLOCK", block):
+        for worker in (slstm_recurrent_torch, slstm_recurrent):
+            h, after = worker(*xs, state, **options)
+            results.append(outputs_and_gradients(h * real[..., None, None], after, [*xs, *(state or ())]))
+        with torch.no_grad():
+            given, end = slstm_recurrent_torch(*xs, state, **options)
+            assert_same((given * real[..., None, None], end), (h * real[..., None, None], after))
     assert_same(*results)
 
 

@@ -333,8 +333,8 @@ def make_checkpoints(folder: Path) -> dict[str, Any]:
     for copy in (folder / "changed", folder / "other" / "lm"):
         shutil.copytree(folder / "lm", copy)
         source = (copy / "ops_lean.py").read_text("utf-8")
-        assert source.count("return (x / cap).tanh_().mul_(cap)") == 1
-        source = source.replace("return (x / cap).tanh_().mul_(cap)", "return (x / cap).tanh_().mul_(2.0 * cap)")
+        assert source.count("cap * torch.tanh(x / cap)") == 1
+        source = source.replace("cap * torch.tanh(x / cap)", "2.0 * cap * torch.tanh(x / cap)")
         (copy / "ops_lean.py").write_text(source, "utf-8")
     return made
 
