@@ -125,7 +125,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
         plain = cache is not None and cache.tokens_seen > 0 and layout.lengths is None and layout.reset is None
         if not plain or torch.is_grad_enabled() or cache.recording or self.config.debug:  # type: ignore[union-attr]
             return None
-        if self.config.kernel_backend not in ("auto", "torch"):
+        if self.config.kernel_backend not in ("auto", "torch") or not Stepper.is_for(x):
             return None
         x, states = x[:, 0], cache.states  # type: ignore[union-attr]
         plan = self.stepper.plan_for(layers, self.norm, x, states)

@@ -172,9 +172,7 @@ def _backward(
     return dcn, dm, dh_next
 
 
-BLOCK = (
-    256  # tokens that are prepared together: long sequences take as long per token, and no more memory than they must
-)
+BLOCK = 512  # tokens that are prepared together, so that what is made of them is used while it is in the cache
 
 
 class _SLSTM(torch.autograd.Function):
@@ -198,7 +196,7 @@ class _SLSTM(torch.autograd.Function):
                 index = at.clamp(0, states.shape[1] - 1).expand(1, *c.shape[:1], -1, c.shape[-1])
                 is_here = ((at >= 0) & (at < states.shape[1]))[0]
                 ends = tuple(torch.where(is_here, s.gather(0, index)[0], e) for s, e in zip(states, ends, strict=True))
-            outputs.append(states[3] if size == len(x) else states[3].clone())
+            outputs.append(states[3] if size >= len(x) else states[3].clone())
         ctx.save_for_backward(gates, primes, states, R, c, n, m, h, last, reset)
         ctx.input_gate, ctx.output_tanh = input_gate, output_tanh
         ctx.set_materialize_grads(False)

@@ -45,7 +45,7 @@ class Watch:
     """What a plan was made for, so that whatever would change what a token's way computes is seen before it.
 
     Args:
-        modules: the blocks and the norm after them.
+        modules: the blocks and the norm after them, all plain.
         dtype: of the weights.
     """
 
@@ -61,12 +61,6 @@ class Watch:
         self.parts = [owner[name] for owner, name in self.places]
         self.parameters = [p for p in self.parts if isinstance(p, Tensor)]
         self.addresses = [p.data_ptr() for p in self.parameters]
-
-    def is_plain(self) -> bool:
-        """Whether all that the modules do is written here; an activation is called, whichever it is."""
-        known = all(m.__class__ in _KNOWN or not (m._parameters or m._modules) for m in self.modules)
-        plain = (p.__class__ is nn.Parameter and p.dtype is self.dtype and p.is_cpu for p in self.parameters)
-        return known and all(plain) and not any(map(is_hooked, self.modules)) and self.is_current(self.roots)
 
     def is_current(self, modules: Sequence[nn.Module]) -> bool:
         """Whether nothing has changed, no module trains and none has hooks."""
@@ -137,6 +131,12 @@ class Stepper:
     def __reduce__(self) -> Any:
         return Stepper, ()
 
+    @staticmethod
+    def is_for(x: Tensor) -> bool:
+        """Whether embeddings lie on the CPU, to be computed as they are, and NumPy is not older than 2.0."""
+        plain = x.is_cpu and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+        return plain and hasattr(np, "vecdot")
+
     def plan_for(
         self, blocks: Sequence[nn.Module], norm: nn.Module, x: Tensor, states: Sequence[LayerState | None]
     ) -> StepPlan | None:
@@ -145,8 +145,6 @@ class Stepper:
         None unless all is plain and on the CPU, the weights of the dtype of x and the states of that which they have
         by default.
         """
-        if not x.is_cpu or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-            return None
         wide = torch.promote_types(x.dtype, torch.float32)
         tensors = (tensor for state in states for tensor in cast(LayerState, state).cell)
         if not all(tensor.dtype is wide and tensor.is_cpu and not tensor.requires_grad for tensor in tensors):
@@ -154,11 +152,10 @@ class Stepper:
         modules = [*blocks, norm]
         watched = self.watched  # other threads may replace it
         if watched is None or not watched[0].is_current(modules):
-            watch = Watch(modules, x.dtype)
-            if not watch.is_plain():
+            if not all(_is_plain(part, x.dtype) for module in modules for part in module.modules()):
                 self.drop()
                 return None
-            watched = self.watched = watch, threading.local()
+            watched = self.watched = Watch(modules, x.dtype), threading.local()
         if watched[0].dtype is not x.dtype:
             return None
         own = watched[1].__dict__
@@ -167,3 +164,12 @@ class Stepper:
             with torch.inference_mode(False):  # tensors made in that mode could not be written to outside
                 plan = own["plan"] = StepPlan(blocks, norm, x.shape, x.dtype)
         return plan
+
+
+def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether all that a module does is written here; an activation is called, whichever it is."""
+    parameters = module._parameters
+    if module.training or is_hooked(module) or (module.__class__ not in _KNOWN and (parameters or module._modules)):
+        return False
+    present = [p for p in parameters.values() if p is not None]
+    return all(p.__class__ is nn.Parameter and p.dtype is dtype and p.is_cpu for p in present)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from inputs import STYLES, tiny_model, tokens
@@ -246,6 +247,14 @@ def test_states_of_another_dtype_or_with_gradients_take_the_long_way(steps: list
     assert any(x.requires_grad for state in cache.states for x in state.cell)
     with torch.no_grad():
         assert plain(ids[:, :1], past_key_values=cache).logits.isfinite().all()
+    assert not steps
+
+
+def test_an_older_numpy_takes_the_long_way(steps: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(1, 6)
+    monkeypatch.delattr(np, "vecdot")
+    with torch.no_grad():
+        decode(model, ids)
     assert not steps
 
 
