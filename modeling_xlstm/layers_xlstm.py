@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .configuration_xlstm import XLSTMConfig
-from .ops_half import Linear, bmm
+from .ops_half import bmm, multiply
 from .ops_lean import project, rms_norm
 from .ops_mlstm import mlstm, mlstm_step_
 from .ops_slstm import slstm
@@ -182,16 +182,18 @@ class FeedForward(nn.Module):
     def __init__(self, config: XLSTMConfig):
         super().__init__()
         D, U = config.hidden_size, config.ffn_size
-        self.gate_proj = None if config.block_style == "residual" else Linear(D, U, bias=config.ffn_bias)
-        self.up_proj = Linear(D, U, bias=config.ffn_bias)
-        self.down_proj = Linear(U, D, bias=config.ffn_bias)
+        self.gate_proj = None if config.block_style == "residual" else nn.Linear(D, U, bias=config.ffn_bias)
+        self.up_proj = nn.Linear(D, U, bias=config.ffn_bias)
+        self.down_proj = nn.Linear(U, D, bias=config.ffn_bias)
         # Transformers has no name for this one.
         self.act = nn.SELU() if config.hidden_act == "selu" else ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.ffn_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs = (self.up_proj(x),) if self.gate_proj is None else (self.up_proj(x), self.gate_proj(x))
-        return self.dropout(project(self.down_proj, self._hidden, (self.act,), *inputs))
+        layers = (self.up_proj,) if self.gate_proj is None else (self.up_proj, self.gate_proj)
+        return self.dropout(
+            project(self.down_proj, self._hidden, (self.act,), *(multiply(layer, x) for layer in layers))
+        )
 
     def _hidden(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
         hidden: Tensor = self.act(up) if gate is None else self.act(gate) * up
@@ -299,20 +301,22 @@ class MLSTMLayer(nn.Module):
     def __init__(self, config: XLSTMConfig, layer_idx: int):
         super().__init__()
         D, bias = config.hidden_size, config.use_bias
-        self.q_proj = Linear(D, config.qk_size, bias=bias)
-        self.k_proj = Linear(D, config.qk_size, bias=bias)
-        self.v_proj = Linear(D, config.v_size, bias=bias)
-        self.igate = Linear(D, config.num_heads)
-        self.fgate = Linear(D, config.num_heads)
-        self.ogate = Linear(D, config.v_size, bias=bias)
+        self.q_proj = nn.Linear(D, config.qk_size, bias=bias)
+        self.k_proj = nn.Linear(D, config.qk_size, bias=bias)
+        self.v_proj = nn.Linear(D, config.v_size, bias=bias)
+        self.igate = nn.Linear(D, config.num_heads)
+        self.fgate = nn.Linear(D, config.num_heads)
+        self.ogate = nn.Linear(D, config.v_size, bias=bias)
         self.cell = MLSTMHeads(config, window=0)
-        self.out_proj = Linear(config.v_size, D, bias=bias)
+        self.out_proj = nn.Linear(config.v_size, D, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:
-        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        h, state = self.cell(qkv, (self.igate(x), self.fgate(x)), None, call)
-        return self.dropout(project(self.out_proj, self._read_out, (self.cell.norm,), h, self.ogate(x))), state
+        qkv = multiply(self.q_proj, x), multiply(self.k_proj, x), multiply(self.v_proj, x)
+        h, state = self.cell(qkv, (multiply(self.igate, x), multiply(self.fgate, x)), None, call)
+        return self.dropout(
+            project(self.out_proj, self._read_out, (self.cell.norm,), h, multiply(self.ogate, x))
+        ), state
 
     def _read_out(self, h: Tensor, o_tilde: Tensor) -> Tensor:
         return torch.sigmoid(o_tilde) * self.cell.norm(h)
@@ -325,24 +329,24 @@ class UpMLSTMLayer(nn.Module):
         super().__init__()
         D, E, bias = config.hidden_size, config.inner_size, config.use_bias
         blocks, blocksize = E // config.qkv_proj_blocksize, config.qkv_proj_blocksize
-        self.up_proj = Linear(D, 2 * E, bias=bias)  # cell branch first, then gate branch
+        self.up_proj = nn.Linear(D, 2 * E, bias=bias)  # cell branch first, then gate branch
         self.conv = CausalConv(E, config.conv_kernel_size)
         self.q_proj = HeadwiseLinear(blocks, blocksize, blocksize, bias)
         self.k_proj = HeadwiseLinear(blocks, blocksize, blocksize, bias)
         self.v_proj = HeadwiseLinear(blocks, blocksize, blocksize, bias)
-        self.igate = Linear(3 * E, config.num_heads)
-        self.fgate = Linear(3 * E, config.num_heads)
+        self.igate = nn.Linear(3 * E, config.num_heads)
+        self.fgate = nn.Linear(3 * E, config.num_heads)
         self.cell = MLSTMHeads(config, config.conv_kernel_size)
         self.skip = nn.Parameter(torch.ones(E))
-        self.down_proj = Linear(E, D, bias=bias)
+        self.down_proj = nn.Linear(E, D, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:
-        a, z = self.up_proj(x).chunk(2, -1)
+        a, z = multiply(self.up_proj, x).chunk(2, -1)
         c = self.conv(a, call.state, call.reset)
         qkv = self.q_proj(c), self.k_proj(c), self.v_proj(a)
         g = torch.cat(qkv, -1)  # the gates keep it, so the cell is given parts of it and keeps no others
-        h, state = self.cell(g.chunk(3, -1), (self.igate(g), self.fgate(g)), a, call)
+        h, state = self.cell(g.chunk(3, -1), (multiply(self.igate, g), multiply(self.fgate, g)), a, call)
         y = project(self.down_proj, self._read_out, (self.cell.norm,), h, c, z, self.skip)
         return self.dropout(y), state
 

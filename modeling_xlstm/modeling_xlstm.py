@@ -21,7 +21,7 @@ from .configuration_xlstm import XLSTMConfig
 from .debug_xlstm import check_finite
 from .decoding_xlstm import DecodeLoop
 from .layers_xlstm import block_norm
-from .ops_half import Linear
+from .ops_half import multiply
 from .ops_lean import cross_entropy, soft_cap
 from .pretrained_xlstm import XLSTMPreTrainedModel
 from .states_xlstm import Call, LayerState
@@ -244,7 +244,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             raise ValueError("A language model needs a `vocab_size`; got 0, the default with an `input_size`.")
         self.model = XLSTMModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.decode_loop = DecodeLoop()
         self.post_init()
 
@@ -290,7 +290,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = soft_cap(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.output_logit_soft_cap)
+        logits = soft_cap(multiply(self.lm_head, outputs.last_hidden_state[:, kept]), self.config.output_logit_soft_cap)
         loss = None
         if labels is not None:
             if loss_kwargs.get("shift_labels") is None:

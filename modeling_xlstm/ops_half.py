@@ -40,11 +40,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` by that product."""
+def multiply(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x): by that product where the layer is an `nn.Linear` of which nothing asks for a call.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    A class of our own would do without this function, but libraries that quantise look for `nn.Linear` itself.
+    """
+    is_half = x.is_cpu and (x.element_size() == 2 or torch.is_autocast_enabled("cpu"))
+    if is_half and type(layer) is nn.Linear and not is_hooked(layer):
+        return linear(x, layer.weight, layer.bias)
+    y: Tensor = layer(x)
+    return y
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more than the `forward` of its class."""
+    attributes, every = module.__dict__, nn.modules.module
+    own = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes
+    return bool(own or every._global_forward_hooks or every._global_forward_pre_hooks)
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .ops_half import Linear
+from .ops_half import is_hooked, multiply
 
 
 def make_again(make: Callable[..., Tensor], modules: Iterable[nn.Module], *inputs: Tensor | None) -> Tensor:
@@ -62,17 +62,10 @@ def project(
 
     A projection that is more than its product (adapters, hooks, quantised weights) runs once and keeps its own input.
     """
-    if type(linear) in (nn.Linear, Linear) and type(linear.weight) is nn.Parameter and not is_hooked(linear):
-        return make_again(lambda *xs: linear(make(*xs)), (*modules, linear), *inputs)
+    if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not is_hooked(linear):
+        return make_again(lambda *xs: multiply(linear, make(*xs)), (*modules, linear), *inputs)
     projected: Tensor = linear(make_again(make, modules, *inputs))
     return projected
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module does more than the `forward` of its class."""
-    attributes, every = module.__dict__, nn.modules.module
-    own = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes
-    return bool(own or every._global_forward_hooks or every._global_forward_pre_hooks)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

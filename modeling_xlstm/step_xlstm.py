@@ -30,14 +30,13 @@ from .layers_xlstm import (
     SLSTMLayer,
     UpMLSTMLayer,
 )
-from .ops_half import Linear
-from .ops_lean import is_hooked
+from .ops_half import is_hooked
 from .states_xlstm import LayerState
 from .step_parts_xlstm import Room, plan_block, plan_norm
 
 _KNOWN = {
     XLSTMBlock, RMSNorm, LayerNorm, HeadNorm, HeadwiseLinear, CausalConv, FeedForward, MLSTMHeads, MLSTMLayer,
-    UpMLSTMLayer, SLSTMLayer, Linear, nn.Dropout, nn.Identity,
+    UpMLSTMLayer, SLSTMLayer, nn.Linear, nn.Dropout, nn.Identity,
 }  # fmt: skip
 
 

@@ -54,9 +54,7 @@ TRAVELLING = {
     "tokens_xlstm": Module(4, set(), {"torch"}),
     "debug_xlstm": Module(5, {STATES}, {"torch"}),
     "step_parts_xlstm": Module(6, {STATES, "ops_mlstm_torch", "layers_xlstm", "blocks_xlstm"}, {"torch", "numpy"}),
-    "step_xlstm": Module(
-        7, {STATES, LEAN, HALF, "layers_xlstm", "blocks_xlstm", "step_parts_xlstm"}, {"torch", "numpy"}
-    ),
+    "step_xlstm": Module(7, {STATES, HALF, "layers_xlstm", "blocks_xlstm", "step_parts_xlstm"}, {"torch", "numpy"}),
     "pretrained_xlstm": Module(5, {CONFIG, "layers_xlstm"}, {"torch", "transformers"}),
     "decoding_xlstm": Module(6, {STATES, "cache_xlstm"}, {"torch", "transformers"}),
     "modeling_xlstm": Module(

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from tolerances import BFLOAT16, assert_same
-from torch import Tensor
+from torch import Tensor, nn
 
 from modeling_xlstm import ops_half
 from modeling_xlstm.layers_xlstm import HeadwiseLinear
-from modeling_xlstm.ops_half import COLUMNS, ROWS, Linear, bmm, has_units, linear
+from modeling_xlstm.ops_half import COLUMNS, ROWS, bmm, has_units, linear, multiply
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -53,7 +53,7 @@ def test_a_product_and_its_gradients_are_those_of_float64(dtype: torch.dtype) ->
 def test_what_is_kept_for_the_backward_pass_is_in_half_precision() -> None:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
-        Linear(64, 64).bfloat16()(torch.randn(ROWS, 64).bfloat16())
+        multiply(nn.Linear(64, 64).bfloat16(), torch.randn(ROWS, 64).bfloat16())
         layer = HeadwiseLinear(2, 64, 64, bias=False).bfloat16()
         torch.nn.init.normal_(layer.weight)
         layer(torch.randn(ROWS, 128).bfloat16())
@@ -110,3 +110,20 @@ def test_units_are_those_torch_tells_of(known: dict[str, Any], units: bool, monk
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
     assert has_units.__wrapped__(torch.bfloat16) is units
     assert has_units.__wrapped__(torch.float32)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.usefixtures("unitless")
+def test_a_layer_that_is_more_than_its_product_is_called() -> None:
+    plain, hooked, doubled = (kind(64, 64).bfloat16() for kind in (nn.Linear, nn.Linear, Doubled))
+    hooked.register_forward_hook(lambda module, given, y: 2 * y)
+    for layer in (hooked, doubled):
+        layer.load_state_dict(plain.state_dict())
+    x = torch.randn(ROWS, 64).bfloat16()
+    assert "_Linear" in type(multiply(plain, x).grad_fn).__name__
+    for layer in (hooked, doubled):
+        assert_same(multiply(layer, x), 2 * plain(x))
