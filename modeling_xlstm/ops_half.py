@@ -53,10 +53,19 @@ def multiply(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module does more than the `forward` of its class."""
-    attributes, every = module.__dict__, nn.modules.module
-    own = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes
-    return bool(own or every._global_forward_hooks or every._global_forward_pre_hooks)
+    """Whether a call of the module does more than the `forward` of its class, in the backward pass too."""
+    own, every = module.__dict__, nn.modules.module
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
+    )
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:

@@ -127,3 +127,7 @@ def test_a_layer_that_is_more_than_its_product_is_called() -> None:
     assert "_Linear" in type(multiply(plain, x).grad_fn).__name__
     for layer in (hooked, doubled):
         assert_same(multiply(layer, x), 2 * plain(x))
+    seen: list[Any] = []
+    plain.register_full_backward_hook(lambda *call: seen.append(call))
+    multiply(plain, x.requires_grad_()).float().sum().backward()
+    assert len(seen) == 1
