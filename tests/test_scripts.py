@@ -168,7 +168,7 @@ def stop_after_a_checkpoint(process: subprocess.Popen[str], checkpoints: Path, b
     while True:
         process.send_signal(by)
         try:
-            process.communicate(timeout=0.5)
+            process.communicate(timeout=2.0)
         except subprocess.TimeoutExpired:
             continue  # an interrupt that falls into a callback from C++ is dropped: press again
         return process.returncode
