@@ -226,9 +226,9 @@ class _SLSTM(torch.autograd.Function):
         for start in reversed(range(0, len(gates), BLOCK)):
             tokens = slice(start, start + BLOCK)
             before = states[:, start - 1].unbind() if start else (c, n, m, h)
-            made, resets = (
-                (gates[tokens], primes[:, tokens], states[:, tokens]),
+            resets, made = (
                 None if reset is None else reset[tokens],
+                (gates[tokens], primes[:, tokens], states[:, tokens]),
             )
             factors = _step_factors(*made, before, resets, ctx.input_gate, ctx.output_tanh)
             dg = dgates[tokens]
