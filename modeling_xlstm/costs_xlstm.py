@@ -56,7 +56,8 @@ def flops_per_token(config: XLSTMConfig, tokens: int) -> Flops:
 
     Args:
         config: of a model with a vocabulary.
-        tokens: of a sequence, T; the mLSTM cuts it into chunks of nearly equal length.
+        tokens: of a sequence, T; the mLSTM cuts it into chunks of nearly equal length, `chunk_size` at most, as it
+            does on a GPU.
     """
     chunk = math.ceil(tokens / math.ceil(tokens / config.chunk_size))
     projections = convolutions = cells = 0
@@ -71,8 +72,8 @@ def flops_per_token(config: XLSTMConfig, tokens: int) -> Flops:
         elif isinstance(module, (MLSTMLayer, UpMLSTMLayer)):
             H = config.num_heads
             K, V = config.qk_size // H, config.v_size // H
-            # Scores and their values in the chunk; the state written and read.
-            cells += H * (2 * chunk * (K + V) + 4 * K * V)
+            # Scores and their values in the chunk; the state written and read; the normaliser.
+            cells += H * (2 * chunk * (K + V) + 4 * K * V + 2 * K)
     return Flops(projections, convolutions, cells, 2 * model.lm_head.weight.numel())
 
 

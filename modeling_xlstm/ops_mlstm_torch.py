@@ -1,38 +1,39 @@
 """The mLSTM over a sequence in PyTorch, chunkwise, with a backward pass written by hand for the matrix products.
 
 The gates are small ([B, T, H]): autograd differentiates them, stabiliser and all, so the gradients are exact for every
-gate, reset and epsilon. The products are large: `_Chunks` takes some chunks together, few enough for the cache,
-keeps only its inputs and the state before each chunk, and computes the rest again in its backward pass.
+gate, reset and epsilon. The products are large: `_Chunks` goes from chunk to chunk with all heads, so that what is made
+is used while it is in the cache, keeps only its inputs and the state that each chunk reads, and computes the rest again
+in its backward pass.
 
-Letters: N chunks of L tokens, of which a block holds G. Gates are [H, B, N, L], in `_Chunks` [N, H, B, L]. `a` is a
-token's log input gate relative to the decay b up to it, `M` the stabiliser relative to b.
+Letters: N chunks of L tokens; R heads of all rows, or of some. Gates are [B, H, N, L]. `a` is a token's log input gate
+relative to the decay b up to it, `M` the stabiliser relative to b.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from .ops_common import log_gates
 from .states_xlstm import MLSTMState, compute_dtype
 
 
-class _Weights(NamedTuple):
-    """The gates as the products need them.
+class _Gates(NamedTuple):
+    """The gates as the products need them: natural logs, but for the last.
 
     Attributes:
-        a: log weight of token s before stabilisation, [H, B, N, L].
-        M: stabiliser of token t; exp(a_s - M_t) weighs s at t, [H, B, N, L].
-        carry: weight of the state before the chunk at each token, [H, B, N, L].
-        write: weight of each token in the state after the chunk, [H, B, N, L].
-        floor: lower bound of the normaliser, exp(-m), [H, B, N, L].
+        a: weight of token s before stabilisation, [B, H, N, L].
+        M: stabiliser of token t; exp(a_s - M_t) weighs s at t, [B, H, N, L].
+        carry: weight of the state before the chunk at each token, [B, H, N, L].
+        write: weight of each token in the state after the chunk, [B, H, N, L].
+        floor: lower bound of the normaliser, exp(-m) itself, [B, H, N, L].
     """
 
     a: Tensor
@@ -42,28 +43,35 @@ class _Weights(NamedTuple):
     floor: Tensor
 
 
-def _weigh(x: Tensor, inplace: bool = False) -> Tensor:
-    """exp(x), but 0 below e^-60, which is less than rounding beside the weights that count.
+# A log weight below LOWEST is none at all. Where M rises by at most NEAR in a chunk, exp(a_s - M_t) is the product of a
+# factor of s and one of t: what LOWEST then cuts off is still less than rounding.
+LOWEST = {torch.float32: -60.0, torch.float64: -600.0}
+NEAR = {torch.float32: 40.0, torch.float64: 500.0}
+HIGHEST = {dtype: math.log(torch.finfo(dtype).max) - 3 for dtype in (torch.float32, torch.float64)}
+
+
+def _weigh(x: Tensor) -> Tensor:
+    """exp(x), but 0 below `LOWEST`.
 
     Products of numbers that are too small to be normal take a hundred times as long, and so does exp of infinities.
     """
-    highest = math.log(torch.finfo(x.dtype).max) - 3  # only what is masked afterwards may be above
-    x = x.clamp_(-60.0, highest).exp_() if inplace else x.clamp(-60.0, highest).exp()
-    return F.threshold(x, math.exp(-59.9), 0.0, inplace)
+    lowest = LOWEST[x.dtype]
+    x = x.clamp(lowest, HIGHEST[x.dtype]).exp_()  # only what is masked afterwards may be above
+    return F.threshold(x, math.exp(lowest + 0.1), 0.0, inplace=True)
 
 
 def _visible(document: Tensor | None, L: int, device: torch.device) -> Tensor:
-    """Which tokens s (last dim) a token t sees: [L, L], or [1, B, N, L, L] with documents."""
+    """Which tokens s (last dim) a token t sees: [L, L], or [B, 1, N, L, L] with documents."""
     seen = torch.ones(L, L, dtype=torch.bool, device=device).tril()
     return seen if document is None else seen & (document[..., :, None] == document[..., None, :])
 
 
-def _weigh_tokens(
+def _prepare_gates(
     log_i: Tensor, log_f: Tensor, m: Tensor, document: Tensor | None, sigmoid_gate: bool
-) -> tuple[_Weights, Tensor]:
-    """Turn log gates [H, B, N, L] and the first stabiliser [H, B] into weights, and return the last stabiliser.
+) -> tuple[_Gates, Tensor]:
+    """Turn log gates [B, H, N, L] and the first stabiliser [B, H] into `_Gates` and the last stabiliser.
 
-    `document` counts the resets since the start of each chunk, [1, B, N, L]; tokens of the same one see each other.
+    `document` counts the resets since the start of each chunk, [B, 1, N, L]; tokens of the same one see each other.
     """
     L = log_i.shape[-1]
     b = log_f.cumsum(-1)
@@ -81,13 +89,11 @@ def _weigh_tokens(
     before, m = _stabilisers(m, highest[..., -1] + b[..., -1], b[..., -1] - base[..., -1], cut, sigmoid_gate)
     start = before[..., None] * reached
     M = start - b if sigmoid_gate else torch.maximum(highest, start - base)
-    late = a - M[..., -1:]
+    carry, write = start - base - M, a - M[..., -1:]
     if document is not None:
-        late = late.masked_fill(document != document[..., -1:], -torch.inf)
-    return _Weights(a, M, _weigh(start - base - M) * reached, _weigh(late), _floor(b + M)), m
-
-
-HIGHEST = {dtype: math.log(torch.finfo(dtype).max) - 3 for dtype in (torch.float32, torch.float64)}
+        carry = carry.masked_fill(reached == 0, -torch.inf)
+        write = write.masked_fill(document != document[..., -1:], -torch.inf)
+    return _Gates(a, M, carry, write, _floor(b + M)), m
 
 
 def _floor(m: Tensor) -> Tensor:
@@ -98,7 +104,7 @@ def _floor(m: Tensor) -> Tensor:
 def _stabilisers(
     m: Tensor, own: Tensor, decay: Tensor, cut: Tensor | None, sigmoid_gate: bool
 ) -> tuple[Tensor, Tensor]:
-    """The stabilisers before each chunk, [H, B, N], and after the last: m = max(own, m + decay) from chunk to chunk.
+    """The stabilisers before each chunk, [B, H, N], and after the last: m = max(own, m + decay) from chunk to chunk.
 
     `own` is the highest log weight of a chunk's own tokens at its end, `decay` the log weight of what was before it,
     `cut` 0 where a document that began in the chunk cut that off, so that m starts from 0 there.
@@ -120,267 +126,297 @@ def _stabilisers(
     return torch.stack(before, -1), m
 
 
-BLOCK = 2**19  # numbers of the largest tensor of a block, so that what is made is used while it is in the cache
+BLOCK = 2**19  # numbers of the largest tensor of a chunk of the heads that go together
+
+_Group = tuple[slice, slice]  # rows, and heads of each
 
 
-class _Part(NamedTuple):
-    """Some heads and rows; their chunks are cut into blocks, which are computed together.
+def _groups(shape: torch.Size, widths: tuple[int, int]) -> list[_Group]:
+    """Cut rows and heads of gates [B, H, N, L] so that no scores and no tokens of a chunk are larger than `BLOCK`."""
+    B, H, _, L = shape
+    room = BLOCK // (L * max(L, *widths))
+    return list(itertools.product(_cut(B, room // H), _cut(H, room)))
 
-    The views of all blocks are made at once, for in a loop they would take as long as the operations.
+
+def _cut(size: int, most: int) -> list[slice]:
+    """Parts of nearly equal size, none of them larger than `most`."""
+    count = math.ceil(size / max(1, most))
+    edges = [size * part // count for part in range(count + 1)]
+    return [slice(*edge) for edge in itertools.pairwise(edges)]
+
+
+def _of_group(gates: Tensor, group: _Group) -> Tensor:
+    """A view: [., B, H, N, L] -> [., rows, heads, N, L]."""
+    rows, heads = group
+    return gates[:, rows, heads]
+
+
+def _by_chunk(x: Tensor, group: _Group, L: int) -> tuple[Tensor, ...]:
+    """Views of a group's chunks: [B, T, H, .] -> [rows, heads, L, .] each."""
+    rows, heads = group
+    return x[rows, :, heads].transpose(1, 2).split(L, 2)
+
+
+def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[rows, heads, L, .] -> [R, L, .], a view of one row if it has the dtype."""
+    if x.dtype is dtype and len(x) == 1:
+        return x[0]
+    return x.new_empty(x.shape, dtype=dtype).copy_(x).flatten(0, 1)
+
+
+class _Weights(NamedTuple):
+    """The gates of one chunk of the R heads of a group, as its products need them.
 
     Attributes:
-        heads: several only with all rows.
-        rows: of the batch.
-        sizes: chunks of each block; several only with all heads and rows.
-        L: tokens of a chunk.
-        rest: tokens of a last chunk that has fewer and is a block of its own; 0 if there is none.
+        is_near: whether M rises by at most `NEAR`, in every head.
+        seen: 1 where token t sees token s, [L, L] or [R, L, L].
+        a: see `_Gates`, [R, L].
+        M: see `_Gates`, [R, L].
+        floor: see `_Gates`, [R, L].
+        lift: exp of how far M is below its last value if `is_near`, else 1, [R, L].
+        carry: weight of the state before the chunk, [R, L, 1].
+        write: weight in the state after the chunk, scale included, [R, L, 1].
     """
 
-    heads: slice
-    rows: slice
-    sizes: list[int]
-    L: int
-    rest: int
-
-    def tokens(self, x: Tensor) -> list[Tensor]:
-        """Views: [B, T, H, .] -> [chunks, heads, rows, L, .] of each block."""
-        whole, rest = x[self.rows, :, self.heads].split([x.shape[1] - self.rest, self.rest], 1)
-        by_chunk = whole.unflatten(1, (-1, self.L)).permute(1, 3, 0, 2, 4)
-        return [*by_chunk.split(self.sizes), *([rest.permute(2, 0, 1, 3)[None]] if self.rest else [])]
-
-    def weights(self, x: Tensor) -> list[Tensor]:
-        """Views: [., N, H, B, L] -> [., chunks, heads, rows, L] of each block."""
-        x = x[:, :, self.heads, self.rows]
-        if not self.rest:
-            return list(x.split(self.sizes, 1))
-        *whole, rest = x.split([*self.sizes, 1], 1)
-        return [*whole, rest[..., : self.rest]]
-
-    def seen(self, x: Tensor) -> list[Tensor]:
-        """[L, L] or [N, 1, B, L, L], see `_visible`, -> [L, L] or [chunks, heads, rows, L, L] of each block."""
-        if x.dim() == 2:
-            return [x] * len(self.sizes) + ([x[: self.rest, : self.rest]] if self.rest else [])
-        heads = len(range(self.heads.start, self.heads.stop))
-        views = x[:, :, self.rows].expand(-1, heads, -1, -1, -1).split([*self.sizes, *([1] if self.rest else [])])
-        return [*views[: len(self.sizes)], *(rest[..., : self.rest, : self.rest] for rest in views[len(self.sizes) :])]
-
-    def states(self, x: Tensor) -> Tensor:
-        """A view: [., H, B, ...] -> [., heads * rows, ...]."""
-        return x[:, self.heads, self.rows].flatten(1, 2)
+    is_near: bool
+    seen: Tensor
+    a: Tensor
+    M: Tensor
+    floor: Tensor
+    lift: Tensor
+    carry: Tensor
+    write: Tensor
 
 
-def _cut(size: int, step: int) -> list[slice]:
-    step = max(1, step)
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+def _weigh_chunks(gates: Tensor, group: _Group, seen: Tensor, q: Tensor) -> list[_Weights]:
+    """What a group's chunks weigh: gates [5, B, H, N, L], see `_Gates`, seen, see `_visible`, and q [B, T, H, K]."""
+    g = _Gates(*_of_group(gates, group).permute(0, 3, 1, 2, 4).flatten(2, 3))  # [N, R, L]
+    rise = g.M[..., -1:] - g.M  # never below 0 where there is no reset
+    is_near = (rise[..., 0] <= NEAR[g.M.dtype]).all(1) & (seen.dim() == 2)
+    lift = torch.where(is_near[:, None, None], rise, 0.0).exp_()
+    seen = seen.to(g.a.dtype)  # products with booleans are slow
+    if seen.dim() == 2:
+        by_chunk = [seen] * len(lift)
+    else:
+        rows, heads = group
+        by_chunk = [x.expand(-1, heads.stop - heads.start, -1, -1).flatten(0, 1) for x in seen[rows].unbind(2)]
+    carry, write = _weigh(g.carry)[..., None], _weigh(g.write).mul_(q.shape[-1] ** -0.5)[..., None]
+    numbers = [list(x.unbind()) for x in (g.a, g.M, g.floor, lift, carry, write)]
+    if rest := q.shape[1] % gates.shape[-1]:
+        by_chunk[-1] = by_chunk[-1][..., :rest, :rest]
+        for xs in numbers:
+            xs[-1] = xs[-1][:, :rest]
+    # Tensors without numbers, which tell how much memory would be taken, take the usual way.
+    near = [True] * len(lift) if isinstance(is_near, FakeTensor) else is_near.tolist()
+    return [_Weights(*chunk) for chunk in zip(near, by_chunk, *numbers, strict=True)]
 
 
-def _parts(shape: torch.Size, T: int, widths: tuple[int, int]) -> list[_Part]:
-    """Cut T tokens in chunks [N, H, B, L] such that no scores and no tokens of a block are larger than `BLOCK`.
+class _State(NamedTuple):
+    """C [R, K, V] and n [R, K] of a group's heads, or their gradients."""
 
-    Its states are at most twice as large, for chunks are long where heads are wide.
-    """
-    _, H, B, L = shape
-    room = max(1, BLOCK // (L * max(L, *widths)))
-    sizes = [part.stop - part.start for part in _cut(T // L, room // (H * B))]
-    return [_Part(*some, sizes, L, T % L) for some in itertools.product(_cut(H, room // B), _cut(B, room))]
+    C: Tensor
+    n: Tensor
 
 
 class _Chunks(torch.autograd.Function):
-    """q, k, v [B, T, H, .], the five weights [5, N, H, B, L] and the first C, n to h [B, T, H, V] and the last C, n."""
+    """q, k, v [B, T, H, .], `_Gates` [5, B, H, N, L] and the first C, n to h [B, T, H, V] and the last C, n."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, C: Tensor, n: Tensor, seen: Tensor, eps: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, C: Tensor, n: Tensor, seen: Tensor, eps: float
     ) -> tuple[Tensor, ...]:
-        h, normalisers = weights.new_empty(v.shape), torch.empty_like(weights[:2])
-        parts = _parts(weights.shape[1:], q.shape[1], (q.shape[-1], v.shape[-1]))
-        saving = any(ctx.needs_input_grad)
-        room = 1 + (weights.shape[1] if saving else parts[0].sizes[0])
-        running = [_by_head(x) for x in (C, n)]
-        states = [x.new_empty(room, *x.shape[1:]) for x in running]
-        for part in parts:
-            ends = [part.states(x)[0] for x in running]
-            before, at = ends, 0
-            own = [part.states(x) for x in states]
-            views = part.weights(weights), part.seen(seen), *map(part.tokens, (q, k, v))
-            results = zip(part.tokens(h), *([part.weights(normalisers)] if saving else []), strict=True)
-            for (w, seen_block, *tokens), result in zip(zip(*views, strict=True), results, strict=True):
-                around = [x[at : at + len(w[0]) + 1] for x in own]
-                if not (saving and at):
-                    _copy([x[0] for x in around], before)
-                _read_and_write(tokens, w, seen_block, around, result, eps)
-                before = [x[-1] for x in around]
-                at += len(w[0]) if saving else 0
-            _copy(ends, before)
-        ctx.save_for_backward(q, k, v, weights, seen, h, normalisers, *states)
+        saving, L, room = any(ctx.needs_input_grad), gates.shape[-1], _Room(gates)
+        h, last = gates.new_empty(v.shape), _State(torch.empty_like(C), torch.empty_like(n))
+        kept: list[Tensor] = []
+        for group in _groups(gates.shape[1:], (q.shape[-1], v.shape[-1])):
+            state = _State(*(x[group].flatten(0, 1).clone() for x in (C, n)))
+            read = _State(*map(torch.empty_like, state))
+            tokens = zip(*(_by_chunk(x, group, L) for x in (q, k, v)), strict=True)
+            chunks = zip(_weigh_chunks(gates, group, seen, q), tokens, _by_chunk(h, group, L), strict=True)
+            for weights, qkv_c, h_c in chunks:
+                made = _Chunk(weights, qkv_c, room).read_and_write(state, read, h_c, eps)
+                if saving:
+                    kept += *read, *made
+                    read = _State(*map(torch.empty_like, state))
+            for x, whole in zip(state, last, strict=True):
+                _put(x, whole[group])
+        ctx.save_for_backward(q, k, v, gates, seen, h, *kept)
         ctx.set_materialize_grads(False)
-        return h, *(x[0].transpose(0, 1) for x in running)
+        return h, *last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, seen, h, normalisers, *states = ctx.saved_tensors
+        q, k, v, gates, seen, h, *kept = ctx.saved_tensors
+        (B, _, H, K), V, (*_, N, L) = q.shape, v.shape[-1], gates.shape
         dh = torch.zeros_like(h) if dh is None else dh
-        dqkv = [x.new_empty(x.shape) for x in (q, k, v)]
-        dweights = torch.zeros_like(weights)  # zeros, for the last chunk may have fewer tokens
-        running = [
-            torch.zeros_like(x[:1]) if dx is None else _by_head(dx) for dx, x in zip((dC, dn), states, strict=True)
-        ]
-        parts = _parts(weights.shape[1:], q.shape[1], (q.shape[-1], v.shape[-1]))
-        dstates = [x.new_empty(parts[0].sizes[0] + 1, *x.shape[1:]) for x in running]
-        for part in parts:
-            ends = [part.states(x)[0] for x in running]
-            after, at = ends, weights.shape[1]
-            saved, own = ([part.states(x) for x in xs] for xs in (states, dstates))
-            views = *map(part.weights, (weights, normalisers)), part.seen(seen), *map(part.tokens, (q, k, v, h, dh))
-            results = zip(*map(part.tokens, dqkv), part.weights(dweights), strict=True)
-            blocks = list(zip(zip(*views, strict=True), results, strict=True))
-            for (w, normaliser, seen_block, *tokens), result in reversed(blocks):
-                chunks = len(w[0])
-                around = [x[: chunks + 1] for x in own]
-                _copy([x[-1] for x in around], after)
-                at -= chunks
-                before = [x[at : at + chunks] for x in saved]
-                _differentiate(tokens, w, normaliser, seen_block, before, around, result)
-                after = [x[0] for x in around]
-            _copy(ends, after)
-        return *dqkv, dweights, *(x[0].transpose(0, 1) for x in running), None, None
+        dC = gates.new_zeros(B, H, K, V) if dC is None else dC
+        dn = gates.new_zeros(B, H, K) if dn is None else dn
+        first = _State(torch.empty_like(dC), torch.empty_like(dn))
+        dqkv, room = [x.new_empty(x.shape) for x in (q, k, v)], _Room(gates)
+        dgates = torch.zeros_like(gates)  # zeros, for the last chunk may have fewer tokens
+        made = list(zip(*(kept[part::4] for part in range(4)), strict=True))
+        for index, group in enumerate(_groups(gates.shape[1:], (K, V))):
+            dstate = _State(*(x[group].flatten(0, 1).clone() for x in (dC, dn)))
+            tokens = (zip(*(_by_chunk(x, group, L) for x in xs), strict=True) for xs in ((q, k, v), (h, dh), dqkv))
+            others = _of_group(dgates, group).unbind(3), made[index * N : (index + 1) * N]
+            chunks = list(zip(_weigh_chunks(gates, group, seen, q), *tokens, *others, strict=True))
+            for weights, qkv_c, outputs, *rest in reversed(chunks):
+                _Chunk(weights, qkv_c, room).differentiate(dstate, *outputs, *rest)
+            for x, whole in zip(dstate, first, strict=True):
+                _put(x, whole[group])
+        return *dqkv, dgates, *first, None, None
 
 
-def _by_head(x: Tensor) -> Tensor:
-    """A copy: a state [B, H, ...] -> [1, H, B, ...]."""
-    return x.transpose(0, 1)[None].clone(memory_format=torch.contiguous_format)
+def _put(x: Tensor, view: Tensor) -> None:
+    view.copy_(x.view(view.shape))
 
 
-def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value.view(target.shape))
+class _Room:
+    """Buffers by name and shape: what a chunk makes is written where the chunk before had its own, in the cache."""
+
+    def __init__(self, like: Tensor):
+        self._like = like
+        self._buffers: dict[Any, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        key = (name, shape)
+        if key not in self._buffers:
+            self._buffers[key] = self._like.new_empty(shape)
+        return self._buffers[key]
+
+    def bmm(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        return torch.bmm(x, y, out=self.take(name, len(x), x.shape[1], y.shape[2]))
+
+    def mul(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        return torch.mul(x, y, out=self.take(name, *x.shape))
+
+    def dot(self, x: Tensor, y: Tensor) -> Tensor:
+        """Scalar products over the last dim."""
+        return self.mul("products", x, y).sum(-1)
 
 
-def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[chunks, heads, rows, ...] -> [G, ...], contiguous."""
-    return x.new_empty(x.shape, dtype=dtype).copy_(x).flatten(0, 2)
+class _Chunk:
+    """The products of one chunk of a group's heads.
 
-
-def _weights(x: Tensor) -> _Weights:
-    """[5, chunks, heads, rows, L] -> [G, L] each."""
-    return _Weights(*x.flatten(1, 3).unbind())
-
-
-def _decays(w: _Weights, seen: Tensor) -> Tensor:
-    """Weight of token s at token t, [G, L, L]."""
-    seen = (seen if seen.dim() == 2 else seen.flatten(0, 2)).to(w.a.dtype)  # products with booleans are slow
-    return _weigh(w.a[:, None, :] - w.M[..., None], inplace=True).mul_(seen)
-
-
-def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """scale * q @ k^T."""
-    return torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=scale)
-
-
-def _read_and_write(
-    tokens: list[Tensor], weights: Tensor, seen: Tensor, states: list[Tensor], results: tuple[Tensor, ...], eps: float
-) -> None:
-    """The forward pass of one block.
+    If it is near, no token needs a weight per other token: exp(a_s - M_t) is write_s lift_t, and the state before the
+    chunk weighs keep lift_t. Tokens then read S = keep C, and what they read is lifted afterwards. Else S is C.
 
     Args:
-        tokens: q, k, v, [chunks, heads, rows, L, .].
-        weights: [5, chunks, heads, rows, L].
-        seen: see `_Part.seen`.
-        states: C and n, [chunks + 1, heads * rows, ...]; the first are given, the others are written.
-        results: where h is written, as v, and qn and the normaliser, [2, chunks, heads, rows, L].
-        eps: added to the normaliser.
+        weights: see `_Weights`.
+        tokens: q, k, v, [rows, heads, L, .].
+        room: for what is made.
     """
-    q, k, v = (_flat(x, weights.dtype) for x in tokens)
-    w = _weights(weights)
-    scale, keep = q.shape[-1] ** -0.5, w.carry[:, -1]
-    C, n = states
-    kw = k * (w.write * scale)[..., None]
-    torch.bmm(kw.mT, v, out=C[1:].flatten(0, 1))
-    torch.sum(kw, 1, out=n[1:].flatten(0, 1))
-    _scan(C[1:], keep, C[:-1])
-    _scan(n[1:], keep, n[:-1])
-    P = _scores(q, k, scale).mul_(_decays(w, seen))
-    q_carried = q * w.carry[..., None]
-    qn = P.sum(-1).add_((q_carried * n[:-1].view(-1, 1, q.shape[-1])).sum(-1))
-    numerator = torch.bmm(q_carried, C[:-1].flatten(0, 1)).baddbmm_(P, v)
-    h, *normalisers = results
-    normaliser = torch.maximum(qn.abs(), w.floor).add_(eps)
-    _copy(normalisers, [torch.stack([qn, normaliser])] * len(normalisers))
-    torch.div(numerator.view(h.shape), normaliser.view(*h.shape[:-1], 1), out=h)
 
+    def __init__(self, weights: _Weights, tokens: tuple[Tensor, ...], room: _Room):
+        self.weights, self.room, self.keep = weights, room, weights.carry[:, -1]
+        self.q, self.k, self.v = (_flat(x, weights.a.dtype) for x in tokens)
+        self.kw = room.mul("kw", self.k, weights.write)
+        self.reader = self.q if weights.is_near else room.mul("reader", self.q, weights.carry)
 
-def _differentiate(
-    tokens: list[Tensor], weights: Tensor, normalisers: Tensor, seen: Tensor, states: list[Tensor],
-    dstates: list[Tensor], results: tuple[Tensor, ...],
-) -> None:  # fmt: skip
-    """The backward pass of one block.
+    def _scores(self) -> tuple[Tensor, Tensor | None]:
+        """What token t takes of s before it is lifted, [R, L, L], and the weight of that unless the chunk is near."""
+        w = self.weights
+        if w.is_near:
+            return self.room.bmm("P", self.q, self.kw.mT).tril_(), None
+        weights = _weigh(w.a[:, None, :] - w.M[..., None]).mul_(w.seen)
+        return self.room.bmm("P", self.q, self.k.mT).mul_(self.q.shape[-1] ** -0.5).mul_(weights), weights
 
-    Args:
-        tokens: q, k, v, h and dh, [chunks, heads, rows, L, .].
-        weights: [5, chunks, heads, rows, L].
-        normalisers: qn and the normaliser, [2, chunks, heads, rows, L].
-        seen: see `_Part.seen`.
-        states: C and n before each chunk, [chunks, heads * rows, ...].
-        dstates: gradients of C and n, [chunks + 1, heads * rows, ...]; the last are given, the others are written.
-        results: where the gradients of q, k, v, as they, and of the weights, [5, chunks, heads, rows, L], are written.
-    """
-    q, k, v = (_flat(x, weights.dtype) for x in tokens[:3])
-    w, qn = _weights(weights), normalisers[0].flatten(0, 2)
-    (C, n), (dC, dn) = (x.flatten(0, 1) for x in states), dstates
-    scale, keep = q.shape[-1] ** -0.5, w.carry[:, -1]
-    dnumerator = torch.div(tokens[4], normalisers[1, ..., None], out=v.new_empty(tokens[4].shape))
-    dnormaliser = (dnumerator * tokens[3]).sum(-1).view_as(qn).neg_()
-    dnumerator = dnumerator.flatten(0, 2)
-    by_floor = qn.abs() < w.floor
-    dqn = (dnormaliser * qn.sign()).masked_fill_(by_floor, 0.0)
-    dfloor = dnormaliser.masked_fill_(~by_floor, 0.0)
+    def read_and_write(self, state: _State, read: _State, h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The forward pass.
 
-    # Through the state before each chunk.
-    q_carried = q * w.carry[..., None]
-    torch.bmm(q_carried.mT, dnumerator, out=dC[:-1].flatten(0, 1))
-    torch.sum(q_carried.mul_(dqn[..., None]), 1, out=dn[:-1].flatten(0, 1))
-    _scan(dC[:-1], keep, dC[1:], reverse=True)
-    _scan(dn[:-1], keep, dn[1:], reverse=True)
-    dC, dn = (x[1:].flatten(0, 1) for x in dstates)
-    dq_carried = torch.bmm(dnumerator, C.mT).addcmul_(dqn[..., None], n[:, None, :])
-    dcarry = (q * dq_carried).sum(-1)
-    dcarry[:, -1] += (C * dC).flatten(1).sum(1).add_((n * dn).sum(1))
-    dk_written = torch.bmm(v, dC.mT).add_(dn[:, None, :])
-    dwrite = (k * dk_written).sum(-1).mul_(scale)
+        Args:
+            state: before the chunk; after it is written over that.
+            read: where S is written, as state.
+            h: where the outputs are written, [rows, heads, L, V].
+            eps: added to the normaliser.
 
-    # Within each chunk.
-    D = _decays(w, seen)
-    P = _scores(q, k, scale).mul_(D)
-    write = (w.write * scale)[..., None]
-    dv = torch.bmm(k * write, dC).baddbmm_(P.mT, dnumerator)
-    dP = torch.bmm(dnumerator, v.mT).add_(dqn[..., None])
-    dlog = P.mul_(dP)
-    dM, da = dlog.sum(-1).neg_(), dlog.sum(1)
-    dS = dP.mul_(D.mul_(scale))
-    _add(torch.bmm(dS, k), dq_carried, w.carry[..., None], results[0])
-    _add(torch.bmm(dS.mT, q), dk_written, write, results[1])
-    _copy(results[2:], [dv, torch.stack([da, dM, dcarry, dwrite, dfloor])])
+        Returns:
+            qn: product of q and n at each token, [R, L].
+            normaliser: of each token, [R, L].
+        """
+        w = self.weights
+        P, _ = self._scores()
+        for x, S, keep in zip(state, read, (self.keep[..., None], self.keep), strict=True):
+            if w.is_near:
+                torch.mul(x, keep, out=S)
+            else:
+                S.copy_(x)
+                x.mul_(keep)
+        qn = torch.baddbmm(P.sum(-1, keepdim=True), self.reader, read.n[..., None])[..., 0].mul_(w.lift)
+        normaliser = torch.maximum(qn.abs(), w.floor).add_(eps)
+        numerator = self.room.bmm("numerator", self.reader, read.C).baddbmm_(P, self.v)
+        torch.mul(numerator.view(h.shape), (w.lift / normaliser).view(*h.shape[:-1], 1), out=h)
+        decayed = read if w.is_near else state
+        torch.baddbmm(decayed.C, self.kw.mT, self.v, out=state.C)
+        torch.add(decayed.n, self.kw.sum(1), out=state.n)
+        return qn, normaliser
 
+    def differentiate(
+        self, dstate: _State, h: Tensor, dh: Tensor, dqkv: tuple[Tensor, ...], dgates: Tensor, made: tuple[Tensor, ...]
+    ) -> None:
+        """The backward pass.
 
-def _add(x: Tensor, y: Tensor, weight: Tensor, result: Tensor) -> None:
-    """x + weight y of [G, L, .] into a view of tokens."""
-    torch.addcmul(*(z.view(*result.shape[:-1], -1) for z in (x, y, weight)), out=result)
+        Args:
+            dstate: gradient of the state after the chunk; of the one before it is written over that.
+            h: outputs, [rows, heads, L, V].
+            dh: their gradient, alike.
+            dqkv: where the gradients of q, k, v are written, [rows, heads, L, .].
+            dgates: where the gradients of `_Gates` are written, [5, rows, heads, L or more].
+            made: C, n, as read, qn and normaliser of `read_and_write`.
+        """
+        w, room, (C, n, qn, normaliser), (dC, dn) = self.weights, self.room, made, dstate
+        h, dh = (_flat(x, w.a.dtype) for x in (h, dh))
+        dnumerator = room.mul("dnumerator", dh, (w.lift / normaliser)[..., None])
+        along = room.dot(dh, h)
+        dnormaliser = along / -normaliser
+        by_floor = qn.abs() < w.floor
+        dqn = (dnormaliser * qn.sign()).masked_fill_(by_floor, 0.0)
+        dlift = torch.addcmul(along, dqn, qn)  # of log lift
+        dqn = dqn.mul_(w.lift)[..., None]
 
+        P, weights = self._scores()
+        dP = room.bmm("dP", dnumerator, self.v.mT).add_(dqn)
+        _put(room.bmm("dv", self.kw, dC).baddbmm_(P.mT, dnumerator), dqkv[2])
+        dkw = room.bmm("dkw", self.v, dC.mT).add_(dn[:, None, :])
+        dreader = room.bmm("dreader", dnumerator, C.mT).addcmul_(dqn, n[:, None, :])
+        if weights is None:
+            dP.tril_()
+            _put(dreader.baddbmm_(dP, self.kw), dqkv[0])
+            dkw.baddbmm_(dP.mT, self.q)
+            da, dM, dcarry = torch.zeros_like(dlift), -dlift, torch.zeros_like(dlift)
+            dM[:, -1] += dlift.sum(-1)
+        else:
+            dlog = P.mul_(dP)
+            da, dM, dcarry = dlog.sum(1), -dlog.sum(-1), room.dot(self.reader, dreader)
+            dscores = dP.mul_(weights.mul_(self.q.shape[-1] ** -0.5))
+            _put(room.bmm("dq", dscores, self.k).addcmul_(dreader, w.carry), dqkv[0])
+        dwrite = room.dot(dkw, self.kw)
+        dkw.mul_(w.write)
+        _put(dkw if weights is None else dkw.baddbmm_(dscores.mT, self.q), dqkv[1])
 
-def _scan(states: Tensor, keep: Tensor, before: Tensor, reverse: bool = False) -> None:
-    """s = keep s + x from chunk to chunk, in place, while the chunks' x are still in the cache.
+        dcarry[:, -1] += self._step_back(dstate, made[:2], dnumerator, dqn)
+        dfloor = dnormaliser.masked_fill_(~by_floor, 0.0)
+        _put(torch.stack([da, dM, dcarry, dwrite, dfloor]), dgates[..., : h.shape[1]])
 
-    Args:
-        states: x of each chunk, turned into s, [chunks, heads * rows, ...].
-        keep: what each leaves of the s before it, [chunks * heads * rows].
-        before: s before each, [chunks, heads * rows, ...]: the same memory as `states`, one chunk earlier.
-        reverse: from the last chunk to the first, so that before is after.
-    """
-    keep = keep.view(*states.shape[:2], *(1,) * (states.dim() - 2))
-    steps = zip(states.unbind(), keep.unbind(), before.unbind(), strict=True)
-    for s, keep_c, s_before in reversed(list(steps)) if reverse else steps:
-        s.addcmul_(keep_c, s_before)
+    def _step_back(self, dstate: _State, read: tuple[Tensor, ...], dnumerator: Tensor, dqn: Tensor) -> Tensor:
+        """Turn the gradient of the state after the chunk into that of the one before; return that of log keep, [R]."""
+        (dC, dn), (C, n) = dstate, read
+
+        def add_reads() -> None:
+            dC.baddbmm_(self.reader.mT, dnumerator)
+            dn[..., None].baddbmm_(self.reader.mT, dqn)
+
+        def decay() -> None:
+            dC.mul_(self.keep[..., None])
+            dn.mul_(self.keep)
+
+        # Near, what is read has decayed; elsewhere it is what decays.
+        then, first = (decay, add_reads) if self.weights.is_near else (add_reads, decay)
+        first()
+        dkeep = self.room.dot(C.flatten(1), dC.flatten(1)).add_((n * dn).sum(-1))
+        then()
+        return dkeep
 
 
 def _whole_chunks(x: Tensor, missing: int, fill: float = 0.0) -> Tensor:
@@ -402,11 +438,12 @@ def mlstm_chunkwise_torch(
     eps: float,
     input_gate: str,
 ) -> tuple[Tensor, MLSTMState]:
-    """All chunks of a block together. Arguments and results as in `ops_mlstm.mlstm`; can be differentiated once."""
+    """All heads together, chunk by chunk. Arguments and results as in `ops_mlstm.mlstm`; can be differentiated once."""
     (B, T, H, K), V = q.shape, v.shape[-1]
     dtype = compute_dtype(v, state)
     i_tilde, f_tilde = i_tilde.to(dtype), f_tilde.to(dtype)
     C, n, m = MLSTMState.zeros(B, H, K, V, like=i_tilde) if state is None else (x.to(dtype) for x in state)
+    chunk_size *= 2  # what suits a GPU is half of what suits a CPU, whose calls cost more beside the products
     # Of wide heads the states between short chunks would take more memory and time than the scores in longer ones.
     while 4 * chunk_size**2 < K * V:
         chunk_size *= 2
@@ -414,17 +451,14 @@ def mlstm_chunkwise_torch(
     L = math.ceil(T / N)  # the last chunk is nearly full
     missing = N * L - T
     log_i, log_f = log_gates(i_tilde, f_tilde, input_gate)
-    gates = (_whole_chunks(log_i, missing, -torch.inf), _whole_chunks(log_f, missing))
-    log_i, log_f = (x.permute(2, 0, 1).unflatten(-1, (N, L)).contiguous() for x in gates)
+    padded = (_whole_chunks(log_i, missing, -torch.inf), _whole_chunks(log_f, missing))
+    log_i, log_f = (x.transpose(1, 2).unflatten(-1, (N, L)).contiguous() for x in padded)
     document = None
     if reset is not None:
-        document = _whole_chunks(reset.long(), missing).unflatten(1, (N, L)).cumsum(-1)[None]
-    weights, m = _weigh_tokens(log_i, log_f, m.T, document, input_gate == "sigmoid")
-    seen = _visible(document, L, q.device)
-    seen = seen if document is None else seen.permute(2, 0, 1, 3, 4)
-    by_chunk = torch.stack(weights).permute(0, 3, 1, 2, 4).contiguous()
-    h, C, n = _Chunks.apply(q, k, v, by_chunk, C, n, seen, eps)
-    return h, MLSTMState(C, n, m.T)
+        document = _whole_chunks(reset.long(), missing).unflatten(1, (N, L)).cumsum(-1)[:, None]
+    gates, m = _prepare_gates(log_i, log_f, m, document, input_gate == "sigmoid")
+    h, C, n = _Chunks.apply(q, k, v, torch.stack(gates), C, n, _visible(document, L, q.device), eps)
+    return h, MLSTMState(C, n, m)
 
 
 def mlstm_step_torch(

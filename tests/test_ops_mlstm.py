@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -62,6 +63,37 @@ def test_what_is_computed_together_never_changes_the_result(
         monkeypatch.setattr(ops_mlstm_torch, "BLOCK", size)
         results.append(run(mlstm, xs, state, reset=reset, chunk_size=4))
     assert_same(*results)
+
+
+@pytest.mark.parametrize(("rise", "expected"), [(-1.0, {False}), (4.0, {False, True}), (500.0, {True})])
+def test_a_chunk_whose_weights_are_taken_apart_gives_what_one_with_a_weight_per_pair_gives(
+    rise: float, expected: set[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xs, state = mlstm_inputs(24, gate_std=1.0), mlstm_state()
+    kinds = set()
+    weigh = ops_mlstm_torch._weigh_chunks
+
+    def note(*given: Any) -> Any:
+        weights = weigh(*given)
+        kinds.update(w.is_near for w in weights)
+        return weights
+
+    monkeypatch.setattr(ops_mlstm_torch, "_weigh_chunks", note)
+    monkeypatch.setitem(ops_mlstm_torch.NEAR, torch.float64, rise)
+    actual = run(mlstm, xs, state, chunk_size=2)
+    assert kinds == expected
+    assert_same(actual, run(mlstm_recurrent, xs, state, eps=1e-6, input_gate="exp"))
+
+
+@pytest.mark.parametrize("log_f", [-0.3, -0.32])
+def test_weights_that_are_just_taken_apart_are_as_exact_in_float32_as_others(log_f: float) -> None:
+    """Over a chunk of 128 tokens the stabiliser rises by 38.1 and 40.6: below and above `NEAR`."""
+    q, k, v, i_tilde, f_tilde = (x.detach() for x in mlstm_inputs(300, gate_std=0.01))
+    xs = [x.float().requires_grad_() for x in (q, k, v, i_tilde, f_tilde - math.log(math.expm1(-log_f)))]
+    wide = [x.detach().double().requires_grad_() for x in xs]
+    (h, state, gradients), exact = run(mlstm, xs, None), run(mlstm, wide, None, backend="reference")
+    actual = h.double(), MLSTMState(*(x.double() for x in state)), [g.double() for g in gradients]
+    assert_same(actual, exact, FLOAT32)
 
 
 @given(input_gate=GATES, eps=EPS, fresh=st.booleans(), resets=st.booleans())
@@ -172,12 +204,12 @@ def test_half_precision_is_kept_for_the_backward_pass_and_computed_with_in_float
     assert_identical(list(torch.autograd.grad(h.sum(), xs)), [x.bfloat16() for x in expected])
 
 
-@pytest.mark.parametrize(("width", "chunks"), [(8, 4), (16, 2), (32, 1)])
+@pytest.mark.parametrize(("width", "chunks"), [(8, 2), (16, 2), (32, 1)])
 def test_wide_heads_keep_the_states_before_fewer_chunks(width: int, chunks: int) -> None:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         mlstm(*mlstm_inputs(16, K=width, V=width), chunk_size=4)
-    assert [len(x) for x in kept if x.shape[1:] == (2, 2, width, width)] == [chunks + 1]
+    assert sum(len(x) for x in kept if x.shape[1:] == (width, width)) == chunks * 4  # of two rows of two heads
 
 
 def test_autocast_leaves_the_cell_in_float32() -> None:
