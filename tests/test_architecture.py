@@ -35,7 +35,7 @@ TRAVELLING = {
     "ops_mlstm_reference": Module(1, {STATES, COMMON}, {"torch"}),
     "ops_slstm_reference": Module(1, {STATES, COMMON}, {"torch"}),
     "ops_mlstm_torch": Module(1, {STATES, COMMON}, {"torch"}),
-    "ops_slstm_torch": Module(1, {STATES, COMMON}, {"torch"}),
+    "ops_slstm_torch": Module(1, {STATES, COMMON}, {"torch", "numpy"}),
     "ops_mlstm_triton_fwd": Module(0, set(), {"triton"}),
     "ops_mlstm_triton_bwd": Module(1, {"ops_mlstm_triton_fwd"}, {"triton"}),
     "ops_mlstm_triton": Module(

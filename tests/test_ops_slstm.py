@@ -21,6 +21,7 @@ GATES = st.sampled_from(["exp", "sigmoid", "exp_both"])
 BACKENDS = ["torch", "reference"]
 
 
+@pytest.mark.parametrize("numbers", ["numpy", "torch"])  # on another device than the CPU it is torch
 @given(
     T=st.integers(1, 12),
     input_gate=GATES,
@@ -31,8 +32,9 @@ BACKENDS = ["torch", "reference"]
     block=st.sampled_from([1, 5, ops_slstm_torch.BLOCK]),
 )
 def test_the_torch_worker_equals_the_definition_with_states_and_all_gradients(
-    T: int, input_gate: str, output_tanh: bool, fresh: bool, resets: bool, lengths: list[int] | None, block: int
-) -> None:
+    numbers: str, T: int, input_gate: str, output_tanh: bool, fresh: bool, resets: bool, lengths: list[int] | None,
+    block: int,
+) -> None:  # fmt: skip
     xs, state = slstm_inputs(T), None if fresh else slstm_state()
     rows = None if lengths is None else torch.tensor(lengths).clamp(max=T)
     real = torch.ones(2, T, dtype=torch.bool) if rows is None else torch.arange(T) < rows[:, None]
@@ -44,7 +46,9 @@ def test_the_torch_worker_equals_the_definition_with_states_and_all_gradients(
         "output_tanh": output_tanh,
     }
     results = []
-    with mock.patch.object(ops_slstm_torch, "BLOCK", block):
+    choose = ops_slstm_torch._numbers if numbers == "numpy" else lambda _: (torch, lambda tensor: tensor)
+    assert numbers == choose(xs[0].detach())[0].__name__
+    with mock.patch.multiple(ops_slstm_torch, BLOCK=block, _numbers=choose):
         for worker in (slstm_recurrent_torch, slstm_recurrent):
             h, after = worker(*xs, state, **options)
             results.append(outputs_and_gradients(h * real[..., None, None], after, [*xs, *(state or ())]))
