@@ -234,7 +234,8 @@ def _convolution(conv: CausalConv, x: Buffer, out: Buffer, room: Room) -> Callab
         assert state.conv is not None
         # A conversion to what a tensor is already would take as long as all that follows.
         window = state.conv if state.conv.dtype is x.narrow.dtype else state.conv.to(x.narrow.dtype)
-        np.multiply((window.to(x.wide.dtype) if x.is_split else window).numpy(), past, terms)
+        before = (window.to(x.wide.dtype) if x.is_split else window).numpy()
+        np.multiply(before, past, terms)
         np.add.reduce(terms, 1, out=y)
         np.multiply(given, last, out.array)
         np.add(y, out.array, y)
@@ -242,7 +243,9 @@ def _convolution(conv: CausalConv, x: Buffer, out: Buffer, room: Room) -> Callab
         np.copyto(out.array, y)
         _sigmoid_times(y, out.array, out.array)
         out.round()
-        return torch.cat([window[:, 1:], x.narrow[:, None]], 1)
+        if x.is_split:
+            return torch.cat([window[:, 1:], x.narrow[:, None]], 1)
+        return torch.from_numpy(np.concatenate((before[:, 1:], given[:, None]), 1))
 
     return run
 
