@@ -225,19 +225,19 @@ class _Chunks(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, C: Tensor, n: Tensor, seen: Tensor, eps: float
     ) -> tuple[Tensor, ...]:
-        saving, L, room = any(ctx.needs_input_grad), gates.shape[-1], _Room(gates)
+        saving, (*_, N, L), room = any(ctx.needs_input_grad), gates.shape, _Room(gates)
         h, last = gates.new_empty(v.shape), _State(torch.empty_like(C), torch.empty_like(n))
         kept: list[Tensor] = []
         for group in _groups(gates.shape[1:], (q.shape[-1], v.shape[-1])):
             state = _State(*(x[group].flatten(0, 1).clone() for x in (C, n)))
-            read = _State(*map(torch.empty_like, state))
+            reads = [x.new_empty(N if saving else 1, *x.shape) for x in state]
+            normalisers = gates.new_empty(2, N, len(state.n), L)
             tokens = zip(*(_by_chunk(x, group, L) for x in (q, k, v)), strict=True)
             chunks = zip(_weigh_chunks(gates, group, seen, q), tokens, _by_chunk(h, group, L), strict=True)
-            for weights, qkv_c, h_c in chunks:
-                made = _Chunk(weights, qkv_c, room).read_and_write(state, read, h_c, eps)
-                if saving:
-                    kept += *read, *made
-                    read = _State(*map(torch.empty_like, state))
+            for index, (weights, qkv_c, h_c) in enumerate(chunks):
+                read, made = _State(*(x[index if saving else 0] for x in reads)), normalisers[:, index]
+                _Chunk(weights, qkv_c, room).read_and_write(state, read, made, h_c, eps)
+            kept += [*reads, normalisers] if saving else []
             for x, whole in zip(state, last, strict=True):
                 _put(x, whole[group])
         ctx.save_for_backward(q, k, v, gates, seen, h, *kept)
@@ -254,22 +254,24 @@ class _Chunks(torch.autograd.Function):
         dn = gates.new_zeros(B, H, K) if dn is None else dn
         first = _State(torch.empty_like(dC), torch.empty_like(dn))
         dqkv, room = [x.new_empty(x.shape) for x in (q, k, v)], _Room(gates)
-        dgates = torch.zeros_like(gates)  # zeros, for the last chunk may have fewer tokens
-        made = list(zip(*(kept[part::4] for part in range(4)), strict=True))
-        for index, group in enumerate(_groups(gates.shape[1:], (K, V))):
+        dgates = torch.empty_like(gates)
+        for group in _groups(gates.shape[1:], (K, V)):
+            C, n, normalisers, *kept = kept
             dstate = _State(*(x[group].flatten(0, 1).clone() for x in (dC, dn)))
+            dgates_by_chunk = gates.new_zeros(N, 5, len(dstate.n), L)  # the last chunk may have fewer tokens
             tokens = (zip(*(_by_chunk(x, group, L) for x in xs), strict=True) for xs in ((q, k, v), (h, dh), dqkv))
-            others = _of_group(dgates, group).unbind(3), made[index * N : (index + 1) * N]
-            chunks = list(zip(_weigh_chunks(gates, group, seen, q), *tokens, *others, strict=True))
+            made = zip(C.unbind(), n.unbind(), normalisers.unbind(1), strict=True)
+            chunks = list(zip(_weigh_chunks(gates, group, seen, q), *tokens, made, dgates_by_chunk, strict=True))
             for weights, qkv_c, outputs, *rest in reversed(chunks):
                 _Chunk(weights, qkv_c, room).differentiate(dstate, *outputs, *rest)
+            _put(dgates_by_chunk.permute(1, 2, 0, 3), _of_group(dgates, group))
             for x, whole in zip(dstate, first, strict=True):
                 _put(x, whole[group])
         return *dqkv, dgates, *first, None, None
 
 
 def _put(x: Tensor, view: Tensor) -> None:
-    view.copy_(x.view(view.shape))
+    view.copy_(x.reshape(view.shape))
 
 
 class _Room:
@@ -322,18 +324,15 @@ class _Chunk:
         weights = _weigh(w.a[:, None, :] - w.M[..., None]).mul_(w.seen)
         return self.room.bmm("P", self.q, self.k.mT).mul_(self.q.shape[-1] ** -0.5).mul_(weights), weights
 
-    def read_and_write(self, state: _State, read: _State, h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def read_and_write(self, state: _State, read: _State, normalisers: Tensor, h: Tensor, eps: float) -> None:
         """The forward pass.
 
         Args:
             state: before the chunk; after it is written over that.
             read: where S is written, as state.
+            normalisers: where qn and the normaliser of each token are written, [2, R, L or more].
             h: where the outputs are written, [rows, heads, L, V].
             eps: added to the normaliser.
-
-        Returns:
-            qn: product of q and n at each token, [R, L].
-            normaliser: of each token, [R, L].
         """
         w = self.weights
         P, _ = self._scores()
@@ -343,17 +342,17 @@ class _Chunk:
             else:
                 S.copy_(x)
                 x.mul_(keep)
-        qn = torch.baddbmm(P.sum(-1, keepdim=True), self.reader, read.n[..., None])[..., 0].mul_(w.lift)
-        normaliser = torch.maximum(qn.abs(), w.floor).add_(eps)
+        qn, normaliser = normalisers[..., : self.q.shape[1]]
+        torch.mul(torch.baddbmm(P.sum(-1, keepdim=True), self.reader, read.n[..., None])[..., 0], w.lift, out=qn)
+        torch.maximum(qn.abs(), w.floor, out=normaliser).add_(eps)
         numerator = self.room.bmm("numerator", self.reader, read.C).baddbmm_(P, self.v)
         torch.mul(numerator.view(h.shape), (w.lift / normaliser).view(*h.shape[:-1], 1), out=h)
         decayed = read if w.is_near else state
         torch.baddbmm(decayed.C, self.kw.mT, self.v, out=state.C)
         torch.add(decayed.n, self.kw.sum(1), out=state.n)
-        return qn, normaliser
 
     def differentiate(
-        self, dstate: _State, h: Tensor, dh: Tensor, dqkv: tuple[Tensor, ...], dgates: Tensor, made: tuple[Tensor, ...]
+        self, dstate: _State, h: Tensor, dh: Tensor, dqkv: tuple[Tensor, ...], made: tuple[Tensor, ...], dgates: Tensor
     ) -> None:
         """The backward pass.
 
@@ -362,10 +361,12 @@ class _Chunk:
             h: outputs, [rows, heads, L, V].
             dh: their gradient, alike.
             dqkv: where the gradients of q, k, v are written, [rows, heads, L, .].
-            dgates: where the gradients of `_Gates` are written, [5, rows, heads, L or more].
-            made: C, n, as read, qn and normaliser of `read_and_write`.
+            made: C and n as read, and normalisers of `read_and_write`.
+            dgates: where the gradients of `_Gates` are written, 0 so far, [5, R, L or more].
         """
-        w, room, (C, n, qn, normaliser), (dC, dn) = self.weights, self.room, made, dstate
+        w, room, (C, n, normalisers), (dC, dn) = self.weights, self.room, made, dstate
+        L = self.q.shape[1]
+        (qn, normaliser), (da, dM, dcarry, dwrite, dfloor) = normalisers[..., :L], dgates[..., :L]
         h, dh = (_flat(x, w.a.dtype) for x in (h, dh))
         dnumerator = room.mul("dnumerator", dh, (w.lift / normaliser)[..., None])
         along = room.dot(dh, h)
@@ -384,20 +385,20 @@ class _Chunk:
             dP.tril_()
             _put(dreader.baddbmm_(dP, self.kw), dqkv[0])
             dkw.baddbmm_(dP.mT, self.q)
-            da, dM, dcarry = torch.zeros_like(dlift), -dlift, torch.zeros_like(dlift)
-            dM[:, -1] += dlift.sum(-1)
+            torch.neg(dlift, out=dM)[:, -1] += dlift.sum(-1)
         else:
             dlog = P.mul_(dP)
-            da, dM, dcarry = dlog.sum(1), -dlog.sum(-1), room.dot(self.reader, dreader)
+            torch.sum(dlog, 1, out=da)
+            torch.sum(dlog, -1, out=dM).neg_()
+            dcarry.copy_(room.dot(self.reader, dreader))
             dscores = dP.mul_(weights.mul_(self.q.shape[-1] ** -0.5))
             _put(room.bmm("dq", dscores, self.k).addcmul_(dreader, w.carry), dqkv[0])
-        dwrite = room.dot(dkw, self.kw)
+        dwrite.copy_(room.dot(dkw, self.kw))
         dkw.mul_(w.write)
         _put(dkw if weights is None else dkw.baddbmm_(dscores.mT, self.q), dqkv[1])
 
         dcarry[:, -1] += self._step_back(dstate, made[:2], dnumerator, dqn)
-        dfloor = dnormaliser.masked_fill_(~by_floor, 0.0)
-        _put(torch.stack([da, dM, dcarry, dwrite, dfloor]), dgates[..., : h.shape[1]])
+        dfloor.copy_(dnormaliser.masked_fill_(~by_floor, 0.0))
 
     def _step_back(self, dstate: _State, read: tuple[Tensor, ...], dnumerator: Tensor, dqn: Tensor) -> Tensor:
         """Turn the gradient of the state after the chunk into that of the one before; return that of log keep, [R]."""
