@@ -127,6 +127,7 @@ def _stabilisers(
 
 
 BLOCK = 2**19  # numbers of the largest tensor of a chunk of the heads that go together
+FEW = 2**16  # of so few numbers a chunk would spend more time on calls than on products
 
 _Group = tuple[slice, slice]  # rows, and heads of each
 
@@ -445,8 +446,11 @@ def mlstm_chunkwise_torch(
     i_tilde, f_tilde = i_tilde.to(dtype), f_tilde.to(dtype)
     C, n, m = MLSTMState.zeros(B, H, K, V, like=i_tilde) if state is None else (x.to(dtype) for x in state)
     chunk_size *= 2  # what suits a GPU is half of what suits a CPU, whose calls cost more beside the products
-    # Of wide heads the states between short chunks would take more memory and time than the scores in longer ones.
-    while 4 * chunk_size**2 < K * V:
+    if B * H * chunk_size * max(K, V) <= FEW:
+        chunk_size *= 2
+    while (
+        4 * chunk_size**2 < K * V
+    ):  # the states between would take more memory and time than the scores in longer ones
         chunk_size *= 2
     N = math.ceil(T / chunk_size)
     L = math.ceil(T / N)  # the last chunk is nearly full

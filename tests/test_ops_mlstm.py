@@ -61,7 +61,7 @@ def test_what_is_computed_together_never_changes_the_result(
     results = []
     for size in (ops_mlstm_torch.BLOCK, block):
         monkeypatch.setattr(ops_mlstm_torch, "BLOCK", size)
-        results.append(run(mlstm, xs, state, reset=reset, chunk_size=4))
+        results.append(run(mlstm, xs, state, reset=reset, chunk_size=1))
     assert_same(*results)
 
 
@@ -80,7 +80,7 @@ def test_a_chunk_whose_weights_are_taken_apart_gives_what_one_with_a_weight_per_
 
     monkeypatch.setattr(ops_mlstm_torch, "_weigh_chunks", note)
     monkeypatch.setitem(ops_mlstm_torch.NEAR, torch.float64, rise)
-    actual = run(mlstm, xs, state, chunk_size=2)
+    actual = run(mlstm, xs, state, chunk_size=1)
     assert kinds == expected
     assert_same(actual, run(mlstm_recurrent, xs, state, eps=1e-6, input_gate="exp"))
 
@@ -91,7 +91,7 @@ def test_weights_that_are_just_taken_apart_are_as_exact_in_float32_as_others(log
     q, k, v, i_tilde, f_tilde = (x.detach() for x in mlstm_inputs(300, gate_std=0.01))
     xs = [x.float().requires_grad_() for x in (q, k, v, i_tilde, f_tilde - math.log(math.expm1(-log_f)))]
     wide = [x.detach().double().requires_grad_() for x in xs]
-    (h, state, gradients), exact = run(mlstm, xs, None), run(mlstm, wide, None, backend="reference")
+    (h, state, gradients), exact = run(mlstm, xs, None, chunk_size=32), run(mlstm, wide, None, backend="reference")
     actual = h.double(), MLSTMState(*(x.double() for x in state)), [g.double() for g in gradients]
     assert_same(actual, exact, FLOAT32)
 
@@ -196,11 +196,11 @@ def test_half_precision_is_kept_for_the_backward_pass_and_computed_with_in_float
     xs = [x.detach().bfloat16().requires_grad_() for x in mlstm_inputs(9, B=3)]
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        h, _ = mlstm(*xs, chunk_size=4)
+        h, _ = mlstm(*xs, chunk_size=1)
     assert {x.data_ptr() for x in xs[:3]} <= {x.data_ptr() for x in kept}
     assert not any(x.shape == xs[0].shape and x.dtype == torch.float32 for x in kept)
     wide = [x.detach().float().requires_grad_() for x in xs]
-    expected = torch.autograd.grad(mlstm(*wide, chunk_size=4)[0].bfloat16().sum(), wide)
+    expected = torch.autograd.grad(mlstm(*wide, chunk_size=1)[0].bfloat16().sum(), wide)
     assert_identical(list(torch.autograd.grad(h.sum(), xs)), [x.bfloat16() for x in expected])
 
 
@@ -208,7 +208,7 @@ def test_half_precision_is_kept_for_the_backward_pass_and_computed_with_in_float
 def test_wide_heads_keep_the_states_before_fewer_chunks(width: int, chunks: int) -> None:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        mlstm(*mlstm_inputs(16, K=width, V=width), chunk_size=4)
+        mlstm(*mlstm_inputs(16, K=width, V=width), chunk_size=2)
     assert [len(x) for x in kept if x.shape[1:] == (2 * 2, width, width)] == [chunks]
 
 
