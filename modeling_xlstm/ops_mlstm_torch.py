@@ -335,8 +335,7 @@ class _Chunk:
             h: where the outputs are written, [rows, heads, L, V].
             eps: added to the normaliser.
         """
-        w = self.weights
-        P, _ = self._scores()
+        w, (P, _) = self.weights, self._scores()
         for x, S, keep in zip(state, read, (self.keep[..., None], self.keep), strict=True):
             if w.is_near:
                 torch.mul(x, keep, out=S)
@@ -448,9 +447,8 @@ def mlstm_chunkwise_torch(
     chunk_size *= 2  # what suits a GPU is half of what suits a CPU, whose calls cost more beside the products
     if B * H * chunk_size * max(K, V) <= FEW:
         chunk_size *= 2
-    while (
-        4 * chunk_size**2 < K * V
-    ):  # the states between would take more memory and time than the scores in longer ones
+    # Of wide heads the states between short chunks would take more memory and time than the scores in longer ones.
+    while 4 * chunk_size**2 < K * V:
         chunk_size *= 2
     N = math.ceil(T / chunk_size)
     L = math.ceil(T / N)  # the last chunk is nearly full
