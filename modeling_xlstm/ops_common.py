@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,6 +92,11 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     """Autocast off: it would run the products with the states in half precision."""
     on = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
+
+
+def has_numpy_2() -> bool:
+    """Whether NumPy is 2.0 or later: numbers of Python leave the dtype of arrays alone there, and `vecdot` is known."""
+    return hasattr(np, "vecdot")
 
 
 def check_gates(input_gate: str, gate_soft_cap: float | None = None) -> None:

@@ -318,12 +318,12 @@ class _Chunk:
         self.reader = self.q if weights.is_near else room.mul("reader", self.q, weights.carry)
 
     def _scores(self) -> tuple[Tensor, Tensor | None]:
-        """What token t takes of s before it is lifted, [R, L, L], and the weight of that unless the chunk is near."""
+        """What token t takes of s before it is lifted, [R, L, L], and the weight of q k^T in it, if not near."""
         w = self.weights
         if w.is_near:
             return self.room.bmm("P", self.q, self.kw.mT).tril_(), None
-        weights = _weigh(w.a[:, None, :] - w.M[..., None]).mul_(w.seen)
-        return self.room.bmm("P", self.q, self.k.mT).mul_(self.q.shape[-1] ** -0.5).mul_(weights), weights
+        weights = _weigh(w.a[:, None, :] - w.M[..., None]).mul_(w.seen).mul_(self.q.shape[-1] ** -0.5)
+        return self.room.bmm("P", self.q, self.k.mT).mul_(weights), weights
 
     def read_and_write(self, state: _State, read: _State, normalisers: Tensor, h: Tensor, eps: float) -> None:
         """The forward pass.
@@ -391,7 +391,7 @@ class _Chunk:
             torch.sum(dlog, 1, out=da)
             torch.sum(dlog, -1, out=dM).neg_()
             dcarry.copy_(room.dot(self.reader, dreader))
-            dscores = dP.mul_(weights.mul_(self.q.shape[-1] ** -0.5))
+            dscores = dP.mul_(weights)
             _put(room.bmm("dq", dscores, self.k).addcmul_(dreader, w.carry), dqkv[0])
         dwrite.copy_(room.dot(dkw, self.kw))
         dkw.mul_(w.write)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .ops_common import log_gates
+from .ops_common import has_numpy_2, log_gates
 from .states_xlstm import SLSTMState, compute_dtype
 
 
 def _numbers(x: Tensor) -> tuple[Any, Callable[[Tensor], Any]]:
-    """What computes with the numbers of tensors like x, and how it sees them: NumPy on the CPU, if it has all names."""
-    if x.is_cpu and type(x) is Tensor and hasattr(np, "vecdot"):
+    """What computes with the numbers of tensors like x, NumPy on the CPU if it can, and how it sees them."""
+    if x.is_cpu and type(x) is Tensor and has_numpy_2():
         return np, lambda tensor: tensor.detach().numpy()
     return torch, lambda tensor: tensor
 

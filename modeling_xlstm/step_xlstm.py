@@ -30,6 +30,7 @@ from .layers_xlstm import (
     SLSTMLayer,
     UpMLSTMLayer,
 )
+from .ops_common import has_numpy_2
 from .ops_half import is_hooked
 from .states_xlstm import LayerState
 from .step_parts_xlstm import Room, plan_block, plan_norm
@@ -134,7 +135,7 @@ class Stepper:
     def is_for(x: Tensor) -> bool:
         """Whether embeddings lie on the CPU, to be computed as they are, and NumPy is not older than 2.0."""
         plain = x.is_cpu and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-        return plain and hasattr(np, "vecdot")
+        return plain and has_numpy_2()
 
     def plan_for(
         self, blocks: Sequence[nn.Module], norm: nn.Module, x: Tensor, states: Sequence[LayerState | None]

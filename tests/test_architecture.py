@@ -28,7 +28,7 @@ LEAN, HALF = "ops_lean", "ops_half"
 TRAVELLING = {
     CONFIG: Module(0, set(), {"transformers", "huggingface_hub"}),
     STATES: Module(0, set(), {"torch"}),
-    COMMON: Module(0, set(), {"torch"}),
+    COMMON: Module(0, set(), {"torch", "numpy"}),
     HALF: Module(0, set(), {"torch"}),
     LEAN: Module(1, {HALF}, {"torch"}),
     TOKENS: Module(0, set(), {"torch"}),
@@ -54,7 +54,9 @@ TRAVELLING = {
     "tokens_xlstm": Module(4, set(), {"torch"}),
     "debug_xlstm": Module(5, {STATES}, {"torch"}),
     "step_parts_xlstm": Module(6, {STATES, "ops_mlstm_torch", "layers_xlstm", "blocks_xlstm"}, {"torch", "numpy"}),
-    "step_xlstm": Module(7, {STATES, HALF, "layers_xlstm", "blocks_xlstm", "step_parts_xlstm"}, {"torch", "numpy"}),
+    "step_xlstm": Module(
+        7, {STATES, COMMON, HALF, "layers_xlstm", "blocks_xlstm", "step_parts_xlstm"}, {"torch", "numpy"}
+    ),
     "pretrained_xlstm": Module(5, {CONFIG, "layers_xlstm"}, {"torch", "transformers"}),
     "decoding_xlstm": Module(6, {STATES, "cache_xlstm"}, {"torch", "transformers"}),
     "modeling_xlstm": Module(

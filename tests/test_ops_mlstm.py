@@ -55,7 +55,7 @@ def test_every_form_equals_the_recurrent_one_with_states_and_all_gradients(
 def test_what_is_computed_together_never_changes_the_result(
     block: int, resets: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One row of one head in one chunk at a time, two rows, all rows, all heads, two chunks, or everything."""
+    """One head of one row at a time, all heads of one row, of one and of two, or everything."""
     xs, state = mlstm_inputs(10, B=3), mlstm_state(B=3)
     reset = torch.rand(3, 10) < 0.3 if resets else None
     results = []
