@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from corpus import WrongInput
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftConfig, PromptTuningConfig
@@ -207,6 +208,7 @@ def main() -> None:
         run(*parse(sys.argv[1:]))
     except WrongInput as error:
         raise SystemExit(f"finetune.py: {error}") from None
+    PartialState().destroy_process_group()  # as in train.py
 
 
 if __name__ == "__main__":

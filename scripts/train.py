@@ -30,6 +30,7 @@ from typing import Any
 import datasets
 import transformers
 import yaml  # type: ignore[import-untyped]
+from accelerate import PartialState
 from corpus import WrongInput, load_or_train_tokenizer
 from runs import LossBar, draw_losses, last_checkpoint, silent, step_of
 from train_data import DataArguments, Source, Stream, Tokens, not_empty, open_source, tokenise
@@ -237,6 +238,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
         raise SystemExit(130) from None
+    # A process that ends with its group open may be aborted by it (gloo), and would fail the launch of a finished run.
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

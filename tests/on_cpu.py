@@ -2,7 +2,7 @@
 
 Accelerate offers FSDP and DeepSpeed to accelerators only, and would run this in one process, or as DDP, without a word.
 What is told to it here is that a CPU is one; everything after that is its own. After `--kill_at_step N` each process
-ends by SIGKILL at that step.
+ends by SIGKILL at that step. A script that leaves its process group open fails, for gloo aborts some of those.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import torch.distributed as dist
 from accelerate.state import DistributedType, PartialState
 from transformers.trainer_callback import DefaultFlowCallback
 
@@ -41,3 +42,4 @@ if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path.insert(0, os.path.dirname(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")
+    assert not dist.is_initialized()
