@@ -57,7 +57,7 @@ def flops_per_token(config: XLSTMConfig, tokens: int) -> Flops:
     Args:
         config: of a model with a vocabulary.
         tokens: of a sequence, T; the mLSTM cuts it into chunks of nearly equal length, `chunk_size` at most, as it
-            does on a GPU.
+            does on a GPU; on a CPU these are the blocks of longer ones.
     """
     chunk = math.ceil(tokens / math.ceil(tokens / config.chunk_size))
     projections = convolutions = cells = 0
@@ -72,8 +72,8 @@ def flops_per_token(config: XLSTMConfig, tokens: int) -> Flops:
         elif isinstance(module, (MLSTMLayer, UpMLSTMLayer)):
             H = config.num_heads
             K, V = config.qk_size // H, config.v_size // H
-            # Scores and their values in the chunk; the state written and read; the normaliser.
-            cells += H * (2 * chunk * (K + V) + 4 * K * V + 2 * K)
+            # Scores and their values in the chunk; the state written and read. n is one more column of values.
+            cells += H * (2 * chunk * (K + V + 1) + 4 * K * (V + 1))
     return Flops(projections, convolutions, cells, 2 * model.lm_head.weight.numel())
 
 

@@ -1,0 +1,500 @@
+"""The matrix products of the chunkwise mLSTM, chunk by chunk with all heads, and their gradients by hand.
+
+What is made in a chunk is used while it is in the cache. Kept for the backward pass are the inputs, the outputs and the
+state that each chunk reads; the rest is computed again.
+
+Letters: N chunks of J blocks of L tokens; R heads of all rows, or of some. Tokens of a chunk are [J, R, L, .]. n is one
+more column of the matrix memory, and v has a 1 there: the state S is [R, K, V + `MARGIN`].
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+
+class Gates(NamedTuple):
+    """The gates of all chunks as the products need them: natural logs, but for the last.
+
+    Attributes:
+        a: weight of token s before stabilisation, [B, H, N, J L].
+        M: stabiliser of token t; exp(a_s - M_t) weighs s at t, [B, H, N, J L].
+        carry: weight of the state before the chunk at each token, [B, H, N, J L].
+        write: weight of each token in the state after the chunk, [B, H, N, J L].
+        floor: lower bound of the normaliser, exp(-m) itself, [B, H, N, J L].
+    """
+
+    a: Tensor
+    M: Tensor
+    carry: Tensor
+    write: Tensor
+    floor: Tensor
+
+
+# A log weight below LOWEST is none at all. Where M rises by at most NEAR in a chunk, exp(a_s - M_t) is the product of a
+# factor of s and one of t: what LOWEST then cuts off is still less than rounding.
+LOWEST = {torch.float32: -60.0, torch.float64: -600.0}
+NEAR = {torch.float32: 40.0, torch.float64: 500.0}
+HIGHEST = {dtype: math.log(torch.finfo(dtype).max) - 3 for dtype in (torch.float32, torch.float64)}
+
+GROUP = 2**19  # numbers of the largest tensor of a chunk of the heads that go together
+MARGIN = 16  # columns of S beside those of C: as many as leave its rows where a cache line begins
+
+
+def visible(document: Tensor | None, L: int, device: torch.device) -> Tensor:
+    """Which tokens s (last dim) a token t sees: [L, L], or [B, 1, N, L, L] with documents."""
+    seen = torch.ones(L, L, dtype=torch.bool, device=device).tril()
+    return seen if document is None else seen & (document[..., :, None] == document[..., None, :])
+
+
+def is_near(first: Tensor, last: Tensor) -> Tensor:
+    """Whether M rises by at most `NEAR` from the first to the last token of a chunk; it falls only where a reset is."""
+    return last - first <= NEAR[first.dtype]
+
+
+def _exp(x: Tensor) -> Tensor:
+    """exp(x), but 0 below `LOWEST`.
+
+    Products of numbers that are too small to be normal take a hundred times as long, and so does exp of infinities.
+    """
+    lowest = LOWEST[x.dtype]
+    x = x.clamp(lowest, HIGHEST[x.dtype]).exp_()  # only what is masked afterwards may be above
+    return F.threshold(x, math.exp(lowest + 0.1), 0.0, inplace=True)
+
+
+_Group = tuple[slice, slice]  # rows, and heads of each
+
+
+def _groups(shape: torch.Size, widths: tuple[int, int]) -> list[_Group]:
+    """Cut rows and heads of gates [B, H, N, J, L]: no tokens and no scores of a chunk are more numbers than `GROUP`."""
+    B, H, _, J, L = shape
+    room = GROUP // (J * L * max(L, *widths))
+    return list(itertools.product(_cut(B, room // H), _cut(H, room)))
+
+
+def _cut(size: int, most: int) -> list[slice]:
+    """Parts of nearly equal size, none of them larger than `most`."""
+    count = math.ceil(size / max(1, most))
+    edges = [size * part // count for part in range(count + 1)]
+    return [slice(*edge) for edge in itertools.pairwise(edges)]
+
+
+class _Tokens:
+    """A group's tokens [B, T, H, .] by chunk: views [J, rows, heads, L, .], of a copy where tokens are missing."""
+
+    def __init__(self, x: Tensor, group: _Group, blocks: tuple[int, int]):
+        (rows, heads), (J, L) = group, blocks
+        T = x.shape[1] // (J * L) * J * L
+        self._rest = x[rows, T:, heads]
+        parts = [x[rows, :T, heads]]
+        if self._rest.shape[1]:
+            self._copy = F.pad(self._rest, (0, 0, 0, 0, 0, J * L - self._rest.shape[1]))
+            parts.append(self._copy)
+        views = (part.unflatten(1, (-1, J, L)).permute(1, 2, 0, 4, 3, 5).unbind() for part in parts)
+        self.chunks = list(itertools.chain(*views))
+
+    def put_back(self) -> None:
+        """What was written into the copy goes where it belongs."""
+        if rest := self._rest.shape[1]:
+            self._rest.copy_(self._copy[:, :rest])
+
+
+class _Weights(NamedTuple):
+    """The gates of one chunk of a group's heads, as its products need them.
+
+    Attributes:
+        is_near: whether M rises by at most `NEAR`, in every head.
+        seen: 1 where token t sees token s, [L, L] or [R, L, L].
+        a: see `Gates`, [J, R, L].
+        M: see `Gates`, [J, R, L].
+        floor: see `Gates`, [J, R, L].
+        lift: exp of how far M is below its last value if `is_near`, else 1, [J, R, L].
+        carry: weight of the state before the chunk, [J, R, L, 1].
+        write: weight in the state after the chunk, scale included, [J, R, L, 1].
+    """
+
+    is_near: bool
+    seen: Tensor
+    a: Tensor
+    M: Tensor
+    floor: Tensor
+    lift: Tensor
+    carry: Tensor
+    write: Tensor
+
+
+def _weigh(gates: Tensor, group: _Group, seen: Tensor, K: int) -> tuple[Tensor, list[bool]]:
+    """The numbers of `_Weights`, [N, 6, J, R, L], and which chunks are near, of a group.
+
+    Args:
+        gates: see `Gates`, [5, B, H, N, J, L].
+        group: rows and heads.
+        seen: see `visible`.
+        K: width of a key.
+    """
+    g = Gates(*gates[(slice(None), *group)].permute(0, 3, 4, 1, 2, 5).flatten(3, 4))  # [N, J, R, L]
+    near = is_near(g.M[:, 0, :, 0], g.M[:, -1, :, -1]).all(1) & (seen.dim() == 2)
+    lift = torch.where(near[:, None, None, None], g.M[:, -1:, :, -1:] - g.M, 0.0).exp_()
+    carry, write = _exp(g.carry), _exp(g.write).mul_(K**-0.5)
+    # Tensors without numbers, which tell how much memory would be taken, take the usual way.
+    kinds = [True] * len(lift) if isinstance(near, FakeTensor) else near.tolist()
+    return torch.stack([g.a, g.M, g.floor, lift, carry, write], 1), kinds
+
+
+def _by_chunk(numbers: Tensor, kinds: list[bool], group: _Group, seen: Tensor) -> list[_Weights]:
+    """What `_weigh` returns, by chunk."""
+    rows, heads = group
+    seen = seen.to(numbers.dtype)  # products with booleans are slow
+    if seen.dim() == 2:
+        by_chunk = [seen] * len(kinds)
+    else:
+        by_chunk = [x.expand(-1, heads.stop - heads.start, -1, -1).flatten(0, 1) for x in seen[rows].unbind(2)]
+    small = (x.unbind() for x in numbers[:, :4].unbind(1))
+    large = (x.unbind() for x in numbers[:, 4:, ..., None].unbind(1))
+    return [_Weights(*chunk) for chunk in zip(kinds, by_chunk, *small, *large, strict=True)]
+
+
+class Chunks(torch.autograd.Function):
+    """q, k, v [B, T, H, .], `Gates` [5, B, H, N, J, L] and the first C, n to h [B, T, H, V] and the last C, n.
+
+    J is 1 unless every chunk of every head is near and there are no resets.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, C: Tensor, n: Tensor, seen: Tensor, eps: float
+    ) -> tuple[Tensor, ...]:
+        (*_, K), V, (*_, N, J, L), room = q.shape, v.shape[-1], gates.shape, _Room(gates)
+        h, last = gates.new_empty(v.shape), (torch.empty_like(C), torch.empty_like(n))
+        kept: list[Tensor] = []
+        ctx.kinds = []
+        for group in _groups(gates.shape[1:], (K, V)):
+            S = _joined(C[group], n[group])
+            saving = any(ctx.needs_input_grad)
+            reads = S.new_empty(N, *S.shape) if saving else None
+            normalisers = S.new_empty(N if saving else 1, 2, J, len(S), L)
+            qkv, outputs = [_Tokens(x, group, (J, L)).chunks for x in (q, k, v)], _Tokens(h, group, (J, L))
+            numbers, kinds = _weigh(gates, group, seen, K)
+            by_chunk = _by_chunk(numbers, kinds, group, seen)
+            chunks = zip(by_chunk, zip(*qkv, strict=True), outputs.chunks, strict=True)
+            for index, (weights, qkv_c, h_c) in enumerate(chunks):
+                read, made = (None, normalisers[0]) if reads is None else (reads[index], normalisers[index])
+                _chunk(weights, qkv_c, room).read_and_write(S, read, made, h_c, eps)
+            outputs.put_back()
+            kept += [] if reads is None else [numbers, reads, normalisers]
+            ctx.kinds.append(kinds)
+            _separate(S, last[0][group], last[1][group])
+        ctx.save_for_backward(q, k, v, seen, h, *kept)
+        ctx.shape = gates.shape
+        ctx.set_materialize_grads(False)
+        return h, *last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, seen, h, *kept = ctx.saved_tensors
+        (B, _, H, K), V, (*_, N, J, L) = q.shape, v.shape[-1], ctx.shape
+        dh = torch.zeros_like(h) if dh is None else dh
+        dC = h.new_zeros(B, H, K, V) if dC is None else dC
+        dn = h.new_zeros(B, H, K) if dn is None else dn
+        first = (torch.empty_like(dC), torch.empty_like(dn))
+        dqkv, dgates, room = [x.new_empty(x.shape) for x in (q, k, v)], h.new_empty(ctx.shape), _Room(h)
+        for group, kinds in zip(_groups(ctx.shape[1:], (K, V)), ctx.kinds, strict=True):
+            numbers, reads, normalisers, *kept = kept
+            dS = _joined(dC[group], dn[group])
+            dgates_by_chunk = h.new_zeros(N, 5, J, len(dS), L)
+            tokens = [[_Tokens(x, group, (J, L)) for x in xs] for xs in ((q, k, v), (h, dh), dqkv)]
+            views = (zip(*(x.chunks for x in xs), strict=True) for xs in tokens)
+            made = zip(reads.unbind(), normalisers.unbind(), dgates_by_chunk.unbind(), strict=True)
+            chunks = list(zip(_by_chunk(numbers, kinds, group, seen), *views, made, strict=True))
+            for weights, qkv_c, outputs, dqkv_c, made_c in reversed(chunks):
+                _chunk(weights, qkv_c, room).differentiate(dS, outputs, dqkv_c, *made_c)
+            for x in tokens[-1]:
+                x.put_back()
+            view = dgates[(slice(None), *group)]
+            view.copy_(dgates_by_chunk.unflatten(3, view.shape[1:3]).permute(1, 3, 4, 0, 2, 5))
+            _separate(dS, first[0][group], first[1][group])
+        return *dqkv, dgates, *first, None, None
+
+
+def _joined(C: Tensor, n: Tensor) -> Tensor:
+    """C [rows, heads, K, V] and n [rows, heads, K] -> S [R, K, V + MARGIN]."""
+    S = F.pad(C.flatten(0, 1), (0, MARGIN))
+    S[..., C.shape[-1]] = n.flatten(0, 1)
+    return S
+
+
+def _separate(S: Tensor, C: Tensor, n: Tensor) -> None:
+    """Write S into views of C and n; see `_joined`."""
+    C.copy_(S[..., : C.shape[-1]].view(C.shape))
+    n.copy_(S[..., C.shape[-1]].view(n.shape))
+
+
+class _Blocks(NamedTuple):
+    """A tensor, its views by the first dim, and those transposed."""
+
+    whole: Tensor
+    each: tuple[Tensor, ...]
+    mT: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Blocks:
+        return cls(x, x.unbind(), x.mT.unbind())
+
+
+class _Room:
+    """Buffers by name and shape: what a chunk makes is written where the chunk before had its own, in the cache."""
+
+    def __init__(self, like: Tensor):
+        self._like = like
+        self._buffers: dict[Any, _Blocks] = {}
+
+    def take(self, name: str, *shape: int, fill: float | None = None) -> _Blocks:
+        """A buffer, filled when it is new."""
+        key = (name, shape)
+        if key not in self._buffers:
+            buffer = self._like.new_empty(shape) if fill is None else self._like.new_full(shape, fill)
+            self._buffers[key] = _Blocks.of(buffer)
+        return self._buffers[key]
+
+
+def _dot(x: Tensor, y: Tensor, room: Tensor) -> Tensor:
+    """Scalar products over the last dim, the products in a tensor that nobody else needs."""
+    return torch.mul(x, y, out=room).sum(-1)
+
+
+class _Chunk:
+    """The products of one chunk of a group's heads, `_Near` or `_Far`.
+
+    Args:
+        weights: see `_Weights`.
+        tokens: q, k, v, [J, rows, heads, L, .].
+        room: for what is made.
+    """
+
+    def __init__(self, weights: _Weights, tokens: tuple[Tensor, ...], room: _Room):
+        self.weights, self.room, self.keep = weights, room, weights.carry[-1, :, -1:]
+        q, k, v = tokens
+        self.V, self.shape = v.shape[-1], q.shape[:4]
+        self.q = self._flat("q", q)
+        # The column behind v is 1, and so are those that fill its margin: nothing reads what they make.
+        self.v = room.take("v", *weights.M.shape, self.V + MARGIN, fill=1.0)
+        self._tokens(self.v.whole[..., : self.V]).copy_(v)
+        self.kw = room.take("kw", *self.q.whole.shape)
+        torch.mul(k, self._tokens(weights.write), out=self._tokens(self.kw.whole))
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """[J, R, L, .] -> [J, rows, heads, L, .]."""
+        return x.view(*self.shape, x.shape[-1])
+
+    def _flat(self, name: str, x: Tensor) -> _Blocks:
+        """[J, rows, heads, L, .] -> [J, R, L, .], views of one row if it has the dtype."""
+        if x.dtype is self.weights.M.dtype and x.shape[1] == 1:
+            return _Blocks.of(x[:, 0])
+        flat = self.room.take(name, *self.weights.M.shape, x.shape[-1])
+        self._tokens(flat.whole).copy_(x)
+        return flat
+
+    def _pairs(self, name: str, x: Iterable[Tensor], y: Iterable[Tensor]) -> _Blocks:
+        """The products of each block's x and y, [J, R, L, L]."""
+        pairs = self.room.take(name, *self.weights.M.shape, self.weights.M.shape[-1])
+        for out, x_j, y_j in zip(pairs.each, x, y, strict=True):
+            torch.bmm(x_j, y_j, out=out)
+        return pairs
+
+    def read_and_write(self, S: Tensor, read: Tensor | None, normalisers: Tensor, h: Tensor, eps: float) -> None:
+        """The forward pass.
+
+        Args:
+            S: the state before the chunk; the one after it is written over that.
+            read: where S is written as the first block reads it, [R, K, V + MARGIN], if anybody asks.
+            normalisers: where qn and the normaliser of each token are written, [2, J, R, L].
+            h: where the outputs are written, [J, rows, heads, L, V].
+            eps: added to the normaliser.
+        """
+        w, (qn, normaliser) = self.weights, normalisers
+        numerator, each, _ = self.room.take("numerator", *self.v.whole.shape)
+        self._step(S, read, each)
+        torch.mul(numerator[..., self.V], w.lift, out=qn)
+        torch.maximum(qn.abs(), w.floor, out=normaliser).add_(eps)
+        torch.mul(self._tokens(numerator[..., : self.V]), self._tokens((w.lift / normaliser)[..., None]), out=h)
+
+    def differentiate(
+        self,
+        dS: Tensor,
+        outputs: tuple[Tensor, Tensor],
+        dqkv: tuple[Tensor, ...],
+        read: Tensor,
+        normalisers: Tensor,
+        dgates: Tensor,
+    ) -> None:
+        """The backward pass.
+
+        Args:
+            dS: gradient of the state after the chunk; of the one before it is written over that.
+            outputs: h and its gradient, [J, rows, heads, L, V].
+            dqkv: where the gradients of q, k, v are written, [J, rows, heads, L, .].
+            read: see `read_and_write`.
+            normalisers: see `read_and_write`.
+            dgates: where the gradients of `Gates` are written, 0 so far, [5, J, R, L].
+        """
+        w, (h, dh), (qn, normaliser), dlogs = self.weights, outputs, normalisers, Gates(*dgates)
+        widths = {"dq": dqkv[0].shape[-1], "dkw": dqkv[0].shape[-1], "dv": self.V}
+        dq, dkw, dv = made = tuple(self.room.take(name, *qn.shape, width) for name, width in widths.items())
+        along = _dot(dh, h, self._tokens(dv.whole)).view(qn.shape)
+        dnormaliser = along / -normaliser
+        by_floor = qn.abs() < w.floor
+        torch.mul(dnormaliser, by_floor, out=dlogs.floor)
+        dqn = (dnormaliser * qn.sign()).masked_fill_(by_floor, 0.0)
+        dlift = torch.addcmul(along, dqn, qn)  # of log lift
+        dnumerator = self.room.take("dnumerator", *self.v.whole.shape, fill=0.0)
+        scale = self._tokens((w.lift / normaliser)[..., None])
+        torch.mul(dh, scale, out=self._tokens(dnumerator.whole[..., : self.V]))
+        torch.mul(dqn, w.lift, out=dnumerator.whole[..., self.V])
+        dk = self._step_back(dS, read, dnumerator, made, dlogs, dlift)
+        dlogs.write.copy_(_dot(dkw.whole, self.kw.whole, self.kw.whole))
+        for x, view in zip((dq, dv), dqkv[::2], strict=True):
+            view.copy_(self._tokens(x.whole))
+        torch.mul(self._tokens(dkw.whole), self._tokens(w.write), out=dqkv[1])
+        if dk is not None:
+            dqkv[1].add_(self._tokens(dk))
+
+    def _step(self, S: Tensor, read: Tensor | None, numerator: tuple[Tensor, ...]) -> None:
+        """Read S into the numerators, by block, and turn it into the state after the chunk."""
+        raise NotImplementedError
+
+    def _step_back(
+        self,
+        dS: Tensor,
+        read: Tensor,
+        dnumerator: _Blocks,
+        made: tuple[_Blocks, ...],
+        dlogs: Gates,
+        dlift: Tensor,
+    ) -> Tensor | None:
+        """Make the gradients of q, k times its weight and v; return that of k itself, [J, R, L, K], if there is one.
+
+        The gradient of the state after the chunk becomes that of the one before.
+        """
+        raise NotImplementedError
+
+    def _dot_of_states(self, S: Tensor, dS: Tensor) -> Tensor:
+        return _dot(S, dS, self.room.take("products", *S.shape).whole).sum(-1)
+
+
+class _Near(_Chunk):
+    """A chunk in which no token needs a weight per other token: exp(a_s - M_t) is write_s lift_t.
+
+    The state before the chunk weighs keep lift_t: tokens read S that has decayed by keep, and what they read is lifted
+    afterwards. What is between is linear attention without weights, from block to block.
+    """
+
+    def _step(self, S: Tensor, read: Tensor | None, numerator: tuple[Tensor, ...]) -> None:
+        S.mul_(self.keep)
+        if read is not None:
+            read.copy_(S)
+        P = self._pairs("P", self.q.each, self.kw.mT)
+        P.whole.tril_()
+        blocks = zip(numerator, self.q.each, P.each, self.kw.mT, self.v.each, strict=True)
+        for numerator_j, q, P_j, kwT, v in blocks:
+            torch.bmm(q, S, out=numerator_j).baddbmm_(P_j, v)
+            S.baddbmm_(kwT, v)
+
+    def _reads(self, read: Tensor) -> list[Tensor]:
+        """The state that each block reads, of that which the first one reads."""
+        reads = [read]
+        after = self.room.take("reads", len(self.kw.each) - 1, *read.shape).each
+        for S, kwT, v in zip(after, self.kw.mT[:-1], self.v.each[:-1], strict=True):
+            reads.append(torch.baddbmm(reads[-1], kwT, v, out=S))
+        return reads
+
+    def _step_back(
+        self,
+        dS: Tensor,
+        read: Tensor,
+        dnumerator: _Blocks,
+        made: tuple[_Blocks, ...],
+        dlogs: Gates,
+        dlift: Tensor,
+    ) -> Tensor | None:
+        P, dP = self._pairs("P", self.q.each, self.kw.mT), self._pairs("dP", dnumerator.each, self.v.mT)
+        P.whole.tril_()
+        dP.whole.tril_()
+        dC, dST, (dq, dkw, dv) = dS[..., : self.V], dS.mT, made
+        for j, S in reversed(list(enumerate(self._reads(read)))):
+            torch.bmm(self.kw.each[j], dC, out=dv.each[j]).baddbmm_(P.mT[j], dnumerator.each[j][..., : self.V])
+            torch.bmm(self.v.each[j], dST, out=dkw.each[j]).baddbmm_(dP.mT[j], self.q.each[j])
+            torch.bmm(dnumerator.each[j], S.mT, out=dq.each[j]).baddbmm_(dP.each[j], self.kw.each[j])
+            dS.baddbmm_(self.q.mT[j], dnumerator.each[j])
+        torch.neg(dlift, out=dlogs.M)[-1, :, -1] += dlift.sum((0, 2))
+        dlogs.carry[-1, :, -1] = self._dot_of_states(read, dS)
+        dS.mul_(self.keep)
+        return None
+
+
+class _Far(_Chunk):
+    """A chunk of one block in which each token has a weight for each other."""
+
+    def __init__(self, weights: _Weights, tokens: tuple[Tensor, ...], room: _Room):
+        super().__init__(weights, tokens, room)
+        self.k = self._flat("k", tokens[1])
+
+    def _weights(self) -> Tensor:
+        """exp(a_s - M_t) where t sees s, scale included, [R, L, L]."""
+        w = self.weights
+        weights = _exp(w.a[0, :, None, :] - w.M[0, ..., None])
+        return weights.mul_(w.seen).mul_(self.q.whole.shape[-1] ** -0.5)
+
+    def _reader(self) -> Tensor:
+        """q as it reads S."""
+        (q,), (carry,) = self.q.each, self.weights.carry
+        return torch.mul(q, carry, out=self.room.take("reader", *q.shape).whole)
+
+    def _step(self, S: Tensor, read: Tensor | None, numerator: tuple[Tensor, ...]) -> None:
+        if read is not None:
+            read.copy_(S)
+        (P,) = self._pairs("P", self.q.each, self.k.mT).each
+        (v,), (kwT,) = self.v.each, self.kw.mT
+        torch.bmm(self._reader(), S, out=numerator[0]).baddbmm_(P.mul_(self._weights()), v)
+        S.mul_(self.keep).baddbmm_(kwT, v)
+
+    def _step_back(
+        self,
+        dS: Tensor,
+        read: Tensor,
+        dnumerator: _Blocks,
+        made: tuple[_Blocks, ...],
+        dlogs: Gates,
+        dlift: Tensor,
+    ) -> Tensor | None:
+        xs = (self.q, self.k, self.kw, self.v, dnumerator, *made)
+        q, k, kw, v, dnum, dq, dkw, dv = (x for xs_j in zip(*(x.each for x in xs), strict=True) for x in xs_j)
+        reader, weights = self._reader(), self._weights()
+        (P,) = self._pairs("P", self.q.each, self.k.mT).each
+        (dP,) = self._pairs("dP", dnumerator.each, self.v.mT).each
+        P.mul_(weights)
+        torch.bmm(kw, dS[..., : self.V], out=dv).baddbmm_(P.mT, dnum[..., : self.V])
+        dlog = P.mul_(dP)
+        torch.sum(dlog, 1, out=dlogs.a[0])
+        torch.sum(dlog, -1, out=dlogs.M[0]).neg_()
+        dscores = dP.mul_(weights)
+        torch.bmm(dnum, read.mT, out=dq)  # of the reader
+        dlogs.carry[0] = _dot(reader, dq, self.room.take("products", *dq.shape).whole)
+        dq.mul_(self.weights.carry[0]).baddbmm_(dscores, k)
+        torch.bmm(v, dS.mT, out=dkw)
+        dS.mul_(self.keep)
+        dlogs.carry[0, :, -1] += self._dot_of_states(read, dS)
+        dS.baddbmm_(reader.mT, dnum)
+        return torch.bmm(dscores.mT, q)[None]
+
+
+def _chunk(weights: _Weights, tokens: tuple[Tensor, ...], room: _Room) -> _Chunk:
+    return (_Near if weights.is_near else _Far)(weights, tokens, room)
