@@ -17,58 +17,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-
-class Gates(NamedTuple):
-    """The gates of all chunks as the products need them: natural logs, but for the last.
-
-    Attributes:
-        a: weight of token s before stabilisation, [B, H, N, J L].
-        M: stabiliser of token t; exp(a_s - M_t) weighs s at t, [B, H, N, J L].
-        carry: weight of the state before the chunk at each token, [B, H, N, J L].
-        write: weight of each token in the state after the chunk, [B, H, N, J L].
-        floor: lower bound of the normaliser, exp(-m) itself, [B, H, N, J L].
-    """
-
-    a: Tensor
-    M: Tensor
-    carry: Tensor
-    write: Tensor
-    floor: Tensor
-
-
-# A log weight below LOWEST is none at all. Where M rises by at most NEAR in a chunk, exp(a_s - M_t) is the product of a
-# factor of s and one of t: what LOWEST then cuts off is still less than rounding.
-LOWEST = {torch.float32: -60.0, torch.float64: -600.0}
-NEAR = {torch.float32: 40.0, torch.float64: 500.0}
-HIGHEST = {dtype: math.log(torch.finfo(dtype).max) - 3 for dtype in (torch.float32, torch.float64)}
+from .ops_mlstm_weights import Gates, Masks, Weights, by_chunk, masks_of, times, weigh, weight_of
 
 GROUP = 2**19  # numbers of the largest tensor of a chunk of the heads that go together
 MARGIN = 16  # columns of S beside those of C: as many as leave its rows where a cache line begins
-
-
-def visible(document: Tensor | None, L: int, device: torch.device) -> Tensor:
-    """Which tokens s (last dim) a token t sees: [L, L], or [B, 1, N, L, L] with documents."""
-    seen = torch.ones(L, L, dtype=torch.bool, device=device).tril()
-    return seen if document is None else seen & (document[..., :, None] == document[..., None, :])
-
-
-def is_near(first: Tensor, last: Tensor) -> Tensor:
-    """Whether M rises by at most `NEAR` from the first to the last token of a chunk; it falls only where a reset is."""
-    return last - first <= NEAR[first.dtype]
-
-
-def _exp(x: Tensor) -> Tensor:
-    """exp(x), but 0 below `LOWEST`.
-
-    Products of numbers that are too small to be normal take a hundred times as long, and so does exp of infinities.
-    """
-    lowest = LOWEST[x.dtype]
-    x = x.clamp(lowest, HIGHEST[x.dtype]).exp_()  # only what is masked afterwards may be above
-    return F.threshold(x, math.exp(lowest + 0.1), 0.0, inplace=True)
-
 
 _Group = tuple[slice, slice]  # rows, and heads of each
 
@@ -107,70 +61,24 @@ class _Tokens:
             self._rest.copy_(self._copy[:, :rest])
 
 
-class _Weights(NamedTuple):
-    """The gates of one chunk of a group's heads, as its products need them.
-
-    Attributes:
-        is_near: whether M rises by at most `NEAR`, in every head.
-        seen: 1 where token t sees token s, [L, L] or [R, L, L].
-        a: see `Gates`, [J, R, L].
-        M: see `Gates`, [J, R, L].
-        floor: see `Gates`, [J, R, L].
-        lift: exp of how far M is below its last value if `is_near`, else 1, [J, R, L].
-        carry: weight of the state before the chunk, [J, R, L, 1].
-        write: weight in the state after the chunk, scale included, [J, R, L, 1].
-    """
-
-    is_near: bool
-    seen: Tensor
-    a: Tensor
-    M: Tensor
-    floor: Tensor
-    lift: Tensor
-    carry: Tensor
-    write: Tensor
-
-
-def _weigh(gates: Tensor, group: _Group, seen: Tensor, K: int) -> tuple[Tensor, list[bool]]:
-    """The numbers of `_Weights`, [N, 6, J, R, L], and which chunks are near, of a group.
-
-    Args:
-        gates: see `Gates`, [5, B, H, N, J, L].
-        group: rows and heads.
-        seen: see `visible`.
-        K: width of a key.
-    """
-    g = Gates(*gates[(slice(None), *group)].permute(0, 3, 4, 1, 2, 5).flatten(3, 4))  # [N, J, R, L]
-    near = is_near(g.M[:, 0, :, 0], g.M[:, -1, :, -1]).all(1) & (seen.dim() == 2)
-    lift = torch.where(near[:, None, None, None], g.M[:, -1:, :, -1:] - g.M, 0.0).exp_()
-    carry, write = _exp(g.carry), _exp(g.write).mul_(K**-0.5)
-    # Tensors without numbers, which tell how much memory would be taken, take the usual way.
-    kinds = [True] * len(lift) if isinstance(near, FakeTensor) else near.tolist()
-    return torch.stack([g.a, g.M, g.floor, lift, carry, write], 1), kinds
-
-
-def _by_chunk(numbers: Tensor, kinds: list[bool], group: _Group, seen: Tensor) -> list[_Weights]:
-    """What `_weigh` returns, by chunk."""
-    rows, heads = group
-    seen = seen.to(numbers.dtype)  # products with booleans are slow
-    if seen.dim() == 2:
-        by_chunk = [seen] * len(kinds)
-    else:
-        by_chunk = [x.expand(-1, heads.stop - heads.start, -1, -1).flatten(0, 1) for x in seen[rows].unbind(2)]
-    small = (x.unbind() for x in numbers[:, :4].unbind(1))
-    large = (x.unbind() for x in numbers[:, 4:, ..., None].unbind(1))
-    return [_Weights(*chunk) for chunk in zip(kinds, by_chunk, *small, *large, strict=True)]
-
-
 class Chunks(torch.autograd.Function):
     """q, k, v [B, T, H, .], `Gates` [5, B, H, N, J, L] and the first C, n to h [B, T, H, V] and the last C, n.
 
-    J is 1 unless every chunk of every head is near and there are no resets.
+    Documents, if resets begin some, are counted from each chunk's beginning, [B, N, J, L]. J is 1 unless every chunk of
+    every head is near.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, C: Tensor, n: Tensor, seen: Tensor, eps: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Tensor,
+        C: Tensor,
+        n: Tensor,
+        document: Tensor | None,
+        eps: float,
     ) -> tuple[Tensor, ...]:
         (*_, K), V, (*_, N, J, L), room = q.shape, v.shape[-1], gates.shape, _Room(gates)
         h, last = gates.new_empty(v.shape), (torch.empty_like(C), torch.empty_like(n))
@@ -182,9 +90,9 @@ class Chunks(torch.autograd.Function):
             reads = S.new_empty(N, *S.shape) if saving else None
             normalisers = S.new_empty(N if saving else 1, 2, J, len(S), L)
             qkv, outputs = [_Tokens(x, group, (J, L)).chunks for x in (q, k, v)], _Tokens(h, group, (J, L))
-            numbers, kinds = _weigh(gates, group, seen, K)
-            by_chunk = _by_chunk(numbers, kinds, group, seen)
-            chunks = zip(by_chunk, zip(*qkv, strict=True), outputs.chunks, strict=True)
+            numbers, kinds = weigh(gates, group, K)
+            weights_of_chunks = by_chunk(numbers, kinds, group, document)
+            chunks = zip(weights_of_chunks, zip(*qkv, strict=True), outputs.chunks, strict=True)
             for index, (weights, qkv_c, h_c) in enumerate(chunks):
                 read, made = (None, normalisers[0]) if reads is None else (reads[index], normalisers[index])
                 _chunk(weights, qkv_c, room).read_and_write(S, read, made, h_c, eps)
@@ -192,7 +100,7 @@ class Chunks(torch.autograd.Function):
             kept += [] if reads is None else [numbers, reads, normalisers]
             ctx.kinds.append(kinds)
             _separate(S, last[0][group], last[1][group])
-        ctx.save_for_backward(q, k, v, seen, h, *kept)
+        ctx.save_for_backward(q, k, v, document, h, *kept)
         ctx.shape = gates.shape
         ctx.set_materialize_grads(False)
         return h, *last
@@ -200,7 +108,7 @@ class Chunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, seen, h, *kept = ctx.saved_tensors
+        q, k, v, document, h, *kept = ctx.saved_tensors
         (B, _, H, K), V, (*_, N, J, L) = q.shape, v.shape[-1], ctx.shape
         dh = torch.zeros_like(h) if dh is None else dh
         dC = h.new_zeros(B, H, K, V) if dC is None else dC
@@ -214,7 +122,7 @@ class Chunks(torch.autograd.Function):
             tokens = [[_Tokens(x, group, (J, L)) for x in xs] for xs in ((q, k, v), (h, dh), dqkv)]
             views = (zip(*(x.chunks for x in xs), strict=True) for xs in tokens)
             made = zip(reads.unbind(), normalisers.unbind(), dgates_by_chunk.unbind(), strict=True)
-            chunks = list(zip(_by_chunk(numbers, kinds, group, seen), *views, made, strict=True))
+            chunks = list(zip(by_chunk(numbers, kinds, group, document), *views, made, strict=True))
             for weights, qkv_c, outputs, dqkv_c, made_c in reversed(chunks):
                 _chunk(weights, qkv_c, room).differentiate(dS, outputs, dqkv_c, *made_c)
             for x in tokens[-1]:
@@ -275,13 +183,14 @@ class _Chunk:
     """The products of one chunk of a group's heads, `_Near` or `_Far`.
 
     Args:
-        weights: see `_Weights`.
+        weights: see `Weights`.
         tokens: q, k, v, [J, rows, heads, L, .].
         room: for what is made.
     """
 
-    def __init__(self, weights: _Weights, tokens: tuple[Tensor, ...], room: _Room):
-        self.weights, self.room, self.keep = weights, room, weights.carry[-1, :, -1:]
+    def __init__(self, weights: Weights, tokens: tuple[Tensor, ...], room: _Room):
+        self.weights, self.room = weights, room
+        self.masks = Masks() if weights.document is None else masks_of(weights.document, weights.M)
         q, k, v = tokens
         self.V, self.shape = v.shape[-1], q.shape[:4]
         self.q = self._flat("q", q)
@@ -363,9 +272,10 @@ class _Chunk:
         dlogs.write.copy_(_dot(dkw.whole, self.kw.whole, self.kw.whole))
         for x, view in zip((dq, dv), dqkv[::2], strict=True):
             view.copy_(self._tokens(x.whole))
-        torch.mul(self._tokens(dkw.whole), self._tokens(w.write), out=dqkv[1])
-        if dk is not None:
-            dqkv[1].add_(self._tokens(dk))
+        if dk is None:
+            torch.mul(self._tokens(dkw.whole), self._tokens(w.write), out=dqkv[1])
+        else:
+            dqkv[1].copy_(self._tokens(dk.addcmul_(dkw.whole, w.write)))
 
     def _step(self, S: Tensor, read: Tensor | None, numerator: tuple[Tensor, ...]) -> None:
         """Read S into the numerators, by block, and turn it into the state after the chunk."""
@@ -397,23 +307,43 @@ class _Near(_Chunk):
     afterwards. What is between is linear attention without weights, from block to block.
     """
 
+    def __init__(self, weights: Weights, tokens: tuple[Tensor, ...], room: _Room):
+        super().__init__(weights, tokens, room)
+        self.keep = weights.carry[0, :, :1]
+        # What reads S, and what is written to it.
+        self.reader = self._masked("reader", self.q, self.masks.reads)
+        self.writer = self._masked("writer", self.kw, self.masks.writes)
+
+    def _masked(self, name: str, x: _Blocks, mask: Tensor | None) -> _Blocks:
+        if mask is None:
+            return x
+        out = self.room.take(name, *x.whole.shape)
+        torch.mul(x.whole, mask, out=out.whole)
+        return out
+
+    def _seen(self, name: str, x: Iterable[Tensor], y: Iterable[Tensor]) -> _Blocks:
+        pairs, seen = self._pairs(name, x, y), self.masks.seen
+        if seen is None:
+            pairs.whole.tril_()
+        else:
+            pairs.whole.mul_(seen)
+        return pairs
+
     def _step(self, S: Tensor, read: Tensor | None, numerator: tuple[Tensor, ...]) -> None:
         S.mul_(self.keep)
         if read is not None:
             read.copy_(S)
-        P = self._pairs("P", self.q.each, self.kw.mT)
-        P.whole.tril_()
-        blocks = zip(numerator, self.q.each, P.each, self.kw.mT, self.v.each, strict=True)
-        for numerator_j, q, P_j, kwT, v in blocks:
-            torch.bmm(q, S, out=numerator_j).baddbmm_(P_j, v)
-            S.baddbmm_(kwT, v)
+        P = self._seen("P", self.q.each, self.kw.mT)
+        for j, v in enumerate(self.v.each):
+            torch.bmm(self.reader.each[j], S, out=numerator[j]).baddbmm_(P.each[j], v)
+            times(S, self.masks.stays, j).baddbmm_(self.writer.mT[j], v)
 
     def _reads(self, read: Tensor) -> list[Tensor]:
         """The state that each block reads, of that which the first one reads."""
-        reads = [read]
-        after = self.room.take("reads", len(self.kw.each) - 1, *read.shape).each
-        for S, kwT, v in zip(after, self.kw.mT[:-1], self.v.each[:-1], strict=True):
-            reads.append(torch.baddbmm(reads[-1], kwT, v, out=S))
+        reads, stays = [read], self.masks.stays
+        for j, S in enumerate(self.room.take("reads", len(self.v.each) - 1, *read.shape).each):
+            before = reads[-1] if stays is None else torch.mul(reads[-1], stays[j], out=S)
+            reads.append(torch.baddbmm(before, self.writer.mT[j], self.v.each[j], out=S))
         return reads
 
     def _step_back(
@@ -425,33 +355,38 @@ class _Near(_Chunk):
         dlogs: Gates,
         dlift: Tensor,
     ) -> Tensor | None:
-        P, dP = self._pairs("P", self.q.each, self.kw.mT), self._pairs("dP", dnumerator.each, self.v.mT)
-        P.whole.tril_()
-        dP.whole.tril_()
+        P, dP = self._seen("P", self.q.each, self.kw.mT), self._seen("dP", dnumerator.each, self.v.mT)
         dC, dST, (dq, dkw, dv) = dS[..., : self.V], dS.mT, made
         for j, S in reversed(list(enumerate(self._reads(read)))):
-            torch.bmm(self.kw.each[j], dC, out=dv.each[j]).baddbmm_(P.mT[j], dnumerator.each[j][..., : self.V])
-            torch.bmm(self.v.each[j], dST, out=dkw.each[j]).baddbmm_(dP.mT[j], self.q.each[j])
-            torch.bmm(dnumerator.each[j], S.mT, out=dq.each[j]).baddbmm_(dP.each[j], self.kw.each[j])
-            dS.baddbmm_(self.q.mT[j], dnumerator.each[j])
-        torch.neg(dlift, out=dlogs.M)[-1, :, -1] += dlift.sum((0, 2))
-        dlogs.carry[-1, :, -1] = self._dot_of_states(read, dS)
+            torch.bmm(self.writer.each[j], dC, out=dv.each[j]).baddbmm_(P.mT[j], dnumerator.each[j][..., : self.V])
+            times(torch.bmm(self.v.each[j], dST, out=dkw.each[j]), self.masks.writes, j)
+            dkw.each[j].baddbmm_(dP.mT[j], self.q.each[j])
+            times(torch.bmm(dnumerator.each[j], S.mT, out=dq.each[j]), self.masks.reads, j)
+            dq.each[j].baddbmm_(dP.each[j], self.kw.each[j])
+            times(dS, self.masks.stays, j).baddbmm_(self.reader.mT[j], dnumerator.each[j])
+        dkeep = self._dot_of_states(read, dS)
         dS.mul_(self.keep)
+        torch.neg(dlift, out=dlogs.M)
+        dlogs.carry[0, :, 0] = dkeep
+        dlogs.M[0, :, 0] += dkeep
+        dlogs.M[-1, :, -1] += dlift.sum((0, 2)) - dkeep
         return None
 
 
 class _Far(_Chunk):
     """A chunk of one block in which each token has a weight for each other."""
 
-    def __init__(self, weights: _Weights, tokens: tuple[Tensor, ...], room: _Room):
+    def __init__(self, weights: Weights, tokens: tuple[Tensor, ...], room: _Room):
         super().__init__(weights, tokens, room)
-        self.k = self._flat("k", tokens[1])
+        self.k, self.keep = self._flat("k", tokens[1]), weights.carry[-1, :, -1:]
+        times(self.kw.each[0], self.masks.writes, 0)
 
     def _weights(self) -> Tensor:
         """exp(a_s - M_t) where t sees s, scale included, [R, L, L]."""
         w = self.weights
-        weights = _exp(w.a[0, :, None, :] - w.M[0, ..., None])
-        return weights.mul_(w.seen).mul_(self.q.whole.shape[-1] ** -0.5)
+        weights = weight_of(w.a[0, :, None, :] - w.M[0, ..., None])
+        seen = weights.tril_() if self.masks.seen is None else weights.mul_(self.masks.seen[0])
+        return seen.mul_(self.q.whole.shape[-1] ** -0.5)
 
     def _reader(self) -> Tensor:
         """q as it reads S."""
@@ -489,12 +424,12 @@ class _Far(_Chunk):
         torch.bmm(dnum, read.mT, out=dq)  # of the reader
         dlogs.carry[0] = _dot(reader, dq, self.room.take("products", *dq.shape).whole)
         dq.mul_(self.weights.carry[0]).baddbmm_(dscores, k)
-        torch.bmm(v, dS.mT, out=dkw)
+        times(torch.bmm(v, dS.mT, out=dkw), self.masks.writes, 0)
         dS.mul_(self.keep)
         dlogs.carry[0, :, -1] += self._dot_of_states(read, dS)
         dS.baddbmm_(reader.mT, dnum)
         return torch.bmm(dscores.mT, q)[None]
 
 
-def _chunk(weights: _Weights, tokens: tuple[Tensor, ...], room: _Room) -> _Chunk:
+def _chunk(weights: Weights, tokens: tuple[Tensor, ...], room: _Room) -> _Chunk:
     return (_Near if weights.is_near else _Far)(weights, tokens, room)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .ops_common import log_gates
-from .ops_mlstm_chunks import HIGHEST, Chunks, Gates, is_near, visible
+from .ops_mlstm_chunks import Chunks
+from .ops_mlstm_weights import HIGHEST, Gates, is_near
 from .states_xlstm import MLSTMState, compute_dtype
 
 
@@ -28,7 +29,6 @@ def _prepare_gates(
 
     `document` counts the resets since the start of each chunk, [B, 1, N, L]; tokens of the same one see each other.
     """
-    L = log_i.shape[-1]
     b = log_f.cumsum(-1)
     a = log_i - b
     if document is None:
@@ -39,7 +39,7 @@ def _prepare_gates(
         reached = (document == 0).expand_as(b).to(b.dtype)
         is_reset = F.pad(document, (1, 0)).diff(dim=-1) > 0
         base = F.pad(b, (1, -1)).masked_fill(~is_reset, 0.0).cummin(-1).values  # b never rises
-        highest = a[..., None, :].masked_fill(~visible(document, L, b.device), -torch.inf).amax(-1)
+        highest = a.gather(-1, _of_highest(a, document))
     cut = None if document is None else reached[..., -1]
     before, m = _stabilisers(m, highest[..., -1] + b[..., -1], b[..., -1] - base[..., -1], cut, sigmoid_gate)
     start = before[..., None] * reached
@@ -47,8 +47,17 @@ def _prepare_gates(
     carry, write = start - base - M, a - M[..., -1:]
     if document is not None:
         carry = carry.masked_fill(reached == 0, -torch.inf)
-        write = write.masked_fill(document != document[..., -1:], -torch.inf)
     return Gates(a, M, carry, write, _floor(b + M)), m
+
+
+@torch.no_grad()
+def _of_highest(a: Tensor, document: Tensor) -> Tensor:
+    """Where a [..., L] was highest so far in the document of each token."""
+    wide = a if a.device.type == "mps" else a.double()  # Apple's GPUs have no more
+    lowest = wide.masked_fill(wide == -torch.inf, torch.inf).amin(-1, keepdim=True)
+    span = (wide.amax(-1, keepdim=True) - lowest).clamp(min=0.0, max=1e30)
+    # Each document lies above all of the one before.
+    return (wide.clamp(min=lowest - 1) + (span + 2) * document).cummax(-1).indices
 
 
 def _floor(m: Tensor) -> Tensor:
@@ -95,15 +104,16 @@ def _cut(T: int, longest: int, block: int) -> tuple[int, int, int]:
 
 def _gates_of_chunks(
     gates: tuple[Tensor, Tensor], m: Tensor, reset: Tensor | None, cut: tuple[int, int, int], sigmoid_gate: bool
-) -> tuple[Gates, Tensor, Tensor]:
-    """Log gates [B, T, H] -> `Gates`, the last stabiliser and what tokens see, see `visible`."""
+) -> tuple[Gates, Tensor, Tensor | None]:
+    """Log gates [B, T, H] -> `Gates`, the last stabiliser and documents by chunk, [B, N, J, L]."""
     (N, J, L), document = cut, None
     missing = N * J * L - gates[0].shape[1]
     padded = (_whole_chunks(x, missing, fill) for x, fill in zip(gates, (-torch.inf, 0.0), strict=True))
     log_i, log_f = (x.transpose(1, 2).unflatten(-1, (N, J * L)).contiguous() for x in padded)
     if reset is not None:
-        document = _whole_chunks(reset.long(), missing).unflatten(1, (N, L)).cumsum(-1)[:, None]
-    return *_prepare_gates(log_i, log_f, m, document, sigmoid_gate), visible(document, L, m.device)
+        document = _whole_chunks(reset.long(), missing).unflatten(1, (N, J * L)).cumsum(-1)
+    made, m = _prepare_gates(log_i, log_f, m, None if document is None else document[:, None], sigmoid_gate)
+    return made, m, None if document is None else document.unflatten(-1, (J, L))
 
 
 @torch.compiler.disable  # a compiler would unroll the loop over chunks, for minutes
@@ -135,19 +145,17 @@ def mlstm_chunkwise_torch(
     while 16 * block**2 < K * V:
         block *= 2
     short, long = _cut(T, 2 * block, 2 * block), _cut(T, max(4 * chunk_size, 2 * block), block)
-    cut = long if reset is None else short
-    made = _gates_of_chunks(gates, m, reset, cut, sigmoid_gate)
-    if reset is None and long[1] > 1 and not _all_near(made[0]):
-        cut = short
-        made = _gates_of_chunks(gates, m, reset, cut, sigmoid_gate)
-    by_chunk, m, seen = made
-    h, C, n = Chunks.apply(q, k, v, torch.stack(by_chunk).unflatten(-1, cut[1:]), C, n, seen, eps)
+    cut, made = long, _gates_of_chunks(gates, m, reset, long, sigmoid_gate)
+    if long[1] > 1 and not _all_near(made[0]):
+        cut, made = short, _gates_of_chunks(gates, m, reset, short, sigmoid_gate)
+    by_chunk, m, document = made
+    h, C, n = Chunks.apply(q, k, v, torch.stack(by_chunk).unflatten(-1, cut[1:]), C, n, document, eps)
     return h, MLSTMState(C, n, m)
 
 
 def _all_near(gates: Gates) -> bool:
     # Tensors without numbers, which tell how much memory would be taken, take the usual way.
-    return isinstance(gates.M, FakeTensor) or bool(is_near(gates.M[..., 0], gates.M[..., -1]).all())
+    return isinstance(gates.M, FakeTensor) or bool(is_near(gates.M).all())
 
 
 def mlstm_step_torch(

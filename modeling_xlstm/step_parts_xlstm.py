@@ -28,7 +28,7 @@ from .layers_xlstm import (
     SLSTMLayer,
     UpMLSTMLayer,
 )
-from .ops_mlstm_chunks import HIGHEST
+from .ops_mlstm_weights import HIGHEST
 from .states_xlstm import LayerState, MLSTMState, SLSTMState
 
 Array = np.ndarray[Any, Any]

@@ -34,8 +34,9 @@ TRAVELLING = {
     TOKENS: Module(0, set(), {"torch"}),
     "ops_mlstm_reference": Module(1, {STATES, COMMON}, {"torch"}),
     "ops_slstm_reference": Module(1, {STATES, COMMON}, {"torch"}),
-    "ops_mlstm_chunks": Module(0, set(), {"torch"}),
-    "ops_mlstm_torch": Module(1, {STATES, COMMON, "ops_mlstm_chunks"}, {"torch"}),
+    "ops_mlstm_weights": Module(0, set(), {"torch"}),
+    "ops_mlstm_chunks": Module(1, {"ops_mlstm_weights"}, {"torch"}),
+    "ops_mlstm_torch": Module(2, {STATES, COMMON, "ops_mlstm_weights", "ops_mlstm_chunks"}, {"torch"}),
     "ops_slstm_torch": Module(1, {STATES, COMMON}, {"torch", "numpy"}),
     "ops_mlstm_triton_fwd": Module(0, set(), {"triton"}),
     "ops_mlstm_triton_bwd": Module(1, {"ops_mlstm_triton_fwd"}, {"triton"}),
@@ -54,7 +55,7 @@ TRAVELLING = {
     "cache_xlstm": Module(5, {CONFIG, STATES, "statefile_xlstm"}, {"torch", "transformers"}),
     "tokens_xlstm": Module(4, set(), {"torch"}),
     "debug_xlstm": Module(5, {STATES}, {"torch"}),
-    "step_parts_xlstm": Module(6, {STATES, "ops_mlstm_chunks", "layers_xlstm", "blocks_xlstm"}, {"torch", "numpy"}),
+    "step_parts_xlstm": Module(6, {STATES, "ops_mlstm_weights", "layers_xlstm", "blocks_xlstm"}, {"torch", "numpy"}),
     "step_xlstm": Module(
         7, {STATES, COMMON, HALF, "layers_xlstm", "blocks_xlstm", "step_parts_xlstm"}, {"torch", "numpy"}
     ),

@@ -14,7 +14,7 @@ from inputs import mlstm_inputs, mlstm_state, outputs_and_gradients
 from tolerances import FLOAT32, assert_identical, assert_same
 from torch import Tensor
 
-from modeling_xlstm import MLSTMState, mlstm, ops_mlstm_chunks
+from modeling_xlstm import MLSTMState, mlstm, ops_mlstm_chunks, ops_mlstm_weights
 from modeling_xlstm.ops_mlstm_reference import mlstm_chunkwise, mlstm_parallel, mlstm_recurrent
 from modeling_xlstm.ops_mlstm_torch import mlstm_chunkwise_torch, mlstm_step_torch
 
@@ -65,24 +65,26 @@ def test_what_is_computed_together_never_changes_the_result(
     assert_same(*results)
 
 
+@pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize(("rise", "expected"), [(-1.0, {False}), (4.0, {False, True}), (500.0, {True})])
 def test_a_chunk_whose_weights_are_taken_apart_gives_what_one_with_a_weight_per_pair_gives(
-    rise: float, expected: set[bool], monkeypatch: pytest.MonkeyPatch
+    rise: float, expected: set[bool], resets: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     xs, state = mlstm_inputs(24, gate_std=1.0), mlstm_state()
+    reset = torch.rand(2, 24) < 0.15 if resets else None
     kinds = set()
-    weigh = ops_mlstm_chunks._weigh
+    weigh = ops_mlstm_weights.weigh
 
     def note(*given: Any) -> Any:
         numbers, near = weigh(*given)
         kinds.update(near)
         return numbers, near
 
-    monkeypatch.setattr(ops_mlstm_chunks, "_weigh", note)
-    monkeypatch.setitem(ops_mlstm_chunks.NEAR, torch.float64, rise)
-    actual = run(mlstm, xs, state, chunk_size=1)
+    monkeypatch.setattr(ops_mlstm_chunks, "weigh", note)
+    monkeypatch.setitem(ops_mlstm_weights.NEAR, torch.float64, rise)
+    actual = run(mlstm, xs, state, reset=reset, chunk_size=1)
     assert kinds == expected
-    assert_same(actual, run(mlstm_recurrent, xs, state, eps=1e-6, input_gate="exp"))
+    assert_same(actual, run(mlstm_recurrent, xs, state, reset=reset, eps=1e-6, input_gate="exp"))
 
 
 @pytest.mark.parametrize("log_f", [-0.3, -0.62, -0.65])
@@ -192,7 +194,11 @@ def test_gates_and_states_of_a_bfloat16_model_are_float32() -> None:
     assert_identical(h, expected.bfloat16())
 
 
-def test_half_precision_is_kept_for_the_backward_pass_and_computed_with_in_float32() -> None:
+@pytest.mark.parametrize("rise", [40.0, -1.0])
+def test_half_precision_is_kept_for_the_backward_pass_and_computed_with_in_float32(
+    rise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ops_mlstm_weights.NEAR, torch.float32, rise)  # without and with a weight per pair
     xs = [x.detach().bfloat16().requires_grad_() for x in mlstm_inputs(9, B=3)]
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):

@@ -1,0 +1,137 @@
+"""What the tokens of the chunkwise mLSTM weigh: for each other, for the state they read and for the state they make.
+
+Letters: N chunks of J blocks of L tokens; R heads of all rows, or of some. `a` is a token's log input gate relative to
+the decay up to it, `M` the stabiliser relative to that.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+class Gates(NamedTuple):
+    """The gates of all chunks as the products need them: natural logs, but for the last.
+
+    Attributes:
+        a: weight of token s before stabilisation, [B, H, N, J L].
+        M: stabiliser of token t; exp(a_s - M_t) weighs s at t, [B, H, N, J L].
+        carry: weight of the state before the chunk at each token, [B, H, N, J L].
+        write: weight of each token in the state after the chunk, if no reset is between, [B, H, N, J L].
+        floor: lower bound of the normaliser, exp(-m) itself, [B, H, N, J L].
+    """
+
+    a: Tensor
+    M: Tensor
+    carry: Tensor
+    write: Tensor
+    floor: Tensor
+
+
+# A log weight below LOWEST is none at all. Where M changes by at most NEAR in a chunk, exp(a_s - M_t) is the product of
+# a factor of s and one of t: what LOWEST then cuts off is still less than rounding.
+LOWEST = {torch.float32: -60.0, torch.float64: -600.0}
+NEAR = {torch.float32: 40.0, torch.float64: 500.0}
+HIGHEST = {dtype: math.log(torch.finfo(dtype).max) - 3 for dtype in (torch.float32, torch.float64)}
+
+
+def is_near(M: Tensor) -> Tensor:
+    """Whether the stabilisers of a chunk, [..., J L], are no farther than `NEAR` from the last."""
+    return (M[..., -1:] - M).abs().amax(-1) <= NEAR[M.dtype]
+
+
+def weight_of(x: Tensor) -> Tensor:
+    """What a log weight says, but 0 below `LOWEST`.
+
+    Products of numbers that are too small to be normal take a hundred times as long, and so does exp of infinities.
+    """
+    lowest = LOWEST[x.dtype]
+    x = x.clamp(lowest, HIGHEST[x.dtype]).exp_()  # only what is masked afterwards may be above
+    return F.threshold(x, math.exp(lowest + 0.1), 0.0, inplace=True)
+
+
+class Masks(NamedTuple):
+    """What resets leave in one chunk of a group's heads, 1 and 0; None if there are none.
+
+    Attributes:
+        seen: whether token t sees token s of its block, [J, R, L, L].
+        reads: whether a token's document is that before its block, [J, R, L, 1].
+        writes: whether it is that after its block, [J, R, L, 1].
+        stays: whether these two are the same, [J, R, 1, 1].
+    """
+
+    seen: Tensor | None = None
+    reads: Tensor | None = None
+    writes: Tensor | None = None
+    stays: Tensor | None = None
+
+
+def masks_of(document: Tensor, like: Tensor) -> Masks:
+    """The masks of documents [rows, J, L] that are counted from the beginning of the chunk; like is [J, R, L]."""
+    document = document.repeat_interleave(like.shape[1] // len(document), 0).transpose(0, 1)
+    after = document[..., -1:]
+    before = F.pad(after[:-1], (0, 0, 0, 0, 1, 0))
+    seen = (document[..., None] == document[..., None, :]).to(like.dtype).tril_()
+    rest = ((document == before)[..., None], (document == after)[..., None], (before == after)[..., None])
+    return Masks(seen, *(x.to(like.dtype) for x in rest))
+
+
+def times(x: Tensor, masks: Tensor | None, block: int) -> Tensor:
+    """A block x where its mask is 1, in place."""
+    return x if masks is None else x.mul_(masks[block])
+
+
+class Weights(NamedTuple):
+    """The gates of one chunk of a group's heads, as its products need them.
+
+    Attributes:
+        is_near: whether M changes by at most `NEAR`, in every head.
+        document: of each token, counted from the beginning of the chunk, [rows, J, L], if there are resets.
+        a: see `Gates`, [J, R, L].
+        M: see `Gates`, [J, R, L].
+        floor: see `Gates`, [J, R, L].
+        lift: exp of how far M is below its last value if `is_near`, else 1, [J, R, L].
+        carry: weight of the state before the chunk, [J, R, L, 1]; if near, of the first token's place and the last's M.
+        write: weight in the state after the chunk, if no reset is between, scale included, [J, R, L, 1].
+    """
+
+    is_near: bool
+    document: Tensor | None
+    a: Tensor
+    M: Tensor
+    floor: Tensor
+    lift: Tensor
+    carry: Tensor
+    write: Tensor
+
+
+def weigh(gates: Tensor, group: tuple[slice, slice], K: int) -> tuple[Tensor, list[bool]]:
+    """The numbers of `Weights`, [N, 6, J, R, L], and which chunks are near, of a group.
+
+    Args:
+        gates: see `Gates`, [5, B, H, N, J, L].
+        group: rows, and heads of each.
+        K: width of a key.
+    """
+    g = Gates(*gates[(slice(None), *group)].permute(0, 3, 4, 1, 2, 5).flatten(3, 4))  # [N, J, R, L]
+    rise = g.M[:, -1:, :, -1:] - g.M
+    # Tensors without numbers, which tell how much memory would be taken, take the usual way.
+    kinds = [True] * len(rise)
+    if g.M.shape[1] == 1 and not isinstance(rise, FakeTensor):
+        near = is_near(g.M[:, 0]).all(-1)
+        kinds, rise = near.tolist(), torch.where(near[:, None, None, None], rise, 0.0)
+    carry, write = weight_of(g.carry - rise), weight_of(g.write).mul_(K**-0.5)
+    return torch.stack([g.a, g.M, g.floor, rise.exp_(), carry, write], 1), kinds
+
+
+def by_chunk(numbers: Tensor, kinds: list[bool], group: tuple[slice, slice], document: Tensor | None) -> list[Weights]:
+    """What `weigh` returns, by chunk; with documents [B, N, J, L] that are counted from each chunk's beginning."""
+    documents = [None] * len(kinds) if document is None else document[group[0]].unbind(1)
+    small = (x.unbind() for x in numbers[:, :4].unbind(1))
+    large = (x.unbind() for x in numbers[:, 4:, ..., None].unbind(1))
+    return [Weights(*chunk) for chunk in zip(kinds, documents, *small, *large, strict=True)]
