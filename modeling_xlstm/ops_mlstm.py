@@ -50,7 +50,7 @@ def mlstm(
         state: state before the first token; None starts from zeros.
         lengths: number of real tokens of each row, [B]; the tokens after them write nothing and forget nothing.
         reset: True at the first token of a new document, [B, T]; the state returns to zeros before that token.
-        chunk_size: tokens per chunk, twice as many in 'torch', more if heads are few or wide; never changes the result.
+        chunk_size: tokens per chunk, of a block of longer chunks in 'torch'; never changes the result.
         eps: added to the normaliser, dimensionless; 1e-6 in the published checkpoints.
         input_gate: 'exp' (paper), 'sigmoid' (bounded by 1; the stabiliser then stays at its start) or 'exp_both', where
             the forget gate is exponential too.

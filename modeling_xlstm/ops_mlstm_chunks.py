@@ -83,25 +83,22 @@ class Chunks(torch.autograd.Function):
         (*_, K), V, (*_, N, J, L), room = q.shape, v.shape[-1], gates.shape, _Room(gates)
         h, last = gates.new_empty(v.shape), (torch.empty_like(C), torch.empty_like(n))
         kept: list[Tensor] = []
-        ctx.kinds = []
+        saving, ctx.shape, ctx.kinds = any(ctx.needs_input_grad), gates.shape, []
         for group in _groups(gates.shape[1:], (K, V)):
             S = _joined(C[group], n[group])
-            saving = any(ctx.needs_input_grad)
-            reads = S.new_empty(N, *S.shape) if saving else None
-            normalisers = S.new_empty(N if saving else 1, 2, J, len(S), L)
+            reads = S.new_empty(N if saving else 0, *S.shape)
+            normalisers = S.new_empty(N, 2, J, len(S), L)
             qkv, outputs = [_Tokens(x, group, (J, L)).chunks for x in (q, k, v)], _Tokens(h, group, (J, L))
             numbers, kinds = weigh(gates, group, K)
-            weights_of_chunks = by_chunk(numbers, kinds, group, document)
-            chunks = zip(weights_of_chunks, zip(*qkv, strict=True), outputs.chunks, strict=True)
-            for index, (weights, qkv_c, h_c) in enumerate(chunks):
-                read, made = (None, normalisers[0]) if reads is None else (reads[index], normalisers[index])
-                _chunk(weights, qkv_c, room).read_and_write(S, read, made, h_c, eps)
+            made = zip(reads.unbind() if saving else [None] * N, normalisers.unbind(), outputs.chunks, strict=True)
+            chunks = zip(by_chunk(numbers, kinds, group, document), zip(*qkv, strict=True), made, strict=True)
+            for weights, qkv_c, made_c in chunks:
+                _chunk(weights, qkv_c, room).read_and_write(S, *made_c, eps)
             outputs.put_back()
-            kept += [] if reads is None else [numbers, reads, normalisers]
+            kept += [numbers, reads, normalisers] if saving else []
             ctx.kinds.append(kinds)
             _separate(S, last[0][group], last[1][group])
         ctx.save_for_backward(q, k, v, document, h, *kept)
-        ctx.shape = gates.shape
         ctx.set_materialize_grads(False)
         return h, *last
 
@@ -177,6 +174,28 @@ class _Room:
 def _dot(x: Tensor, y: Tensor, room: Tensor) -> Tensor:
     """Scalar products over the last dim, the products in a tensor that nobody else needs."""
     return torch.mul(x, y, out=room).sum(-1)
+
+
+class _Back(NamedTuple):
+    """What the gradients of a chunk's products are made of, and where they go.
+
+    Attributes:
+        read: the state as the first block reads it, [R, K, V + MARGIN].
+        dnumerator: gradient of what tokens read, [J, R, L, V + MARGIN].
+        dlift: of log lift, [J, R, L].
+        dq: to be made, [J, R, L, K].
+        dkw: of k times its weight, to be made, [J, R, L, K].
+        dv: to be made, [J, R, L, V].
+        dlogs: of `Gates`, to be made but for the floor's and `write`'s, 0 so far, [J, R, L] each.
+    """
+
+    read: Tensor
+    dnumerator: _Blocks
+    dlift: Tensor
+    dq: _Blocks
+    dkw: _Blocks
+    dv: _Blocks
+    dlogs: Gates
 
 
 class _Chunk:
@@ -257,7 +276,7 @@ class _Chunk:
         """
         w, (h, dh), (qn, normaliser), dlogs = self.weights, outputs, normalisers, Gates(*dgates)
         widths = {"dq": dqkv[0].shape[-1], "dkw": dqkv[0].shape[-1], "dv": self.V}
-        dq, dkw, dv = made = tuple(self.room.take(name, *qn.shape, width) for name, width in widths.items())
+        dq, dkw, dv = (self.room.take(name, *qn.shape, width) for name, width in widths.items())
         along = _dot(dh, h, self._tokens(dv.whole)).view(qn.shape)
         dnormaliser = along / -normaliser
         by_floor = qn.abs() < w.floor
@@ -268,7 +287,7 @@ class _Chunk:
         scale = self._tokens((w.lift / normaliser)[..., None])
         torch.mul(dh, scale, out=self._tokens(dnumerator.whole[..., : self.V]))
         torch.mul(dqn, w.lift, out=dnumerator.whole[..., self.V])
-        dk = self._step_back(dS, read, dnumerator, made, dlogs, dlift)
+        dk = self._step_back(dS, _Back(read, dnumerator, dlift, dq, dkw, dv, dlogs))
         dlogs.write.copy_(_dot(dkw.whole, self.kw.whole, self.kw.whole))
         for x, view in zip((dq, dv), dqkv[::2], strict=True):
             view.copy_(self._tokens(x.whole))
@@ -281,18 +300,10 @@ class _Chunk:
         """Read S into the numerators, by block, and turn it into the state after the chunk."""
         raise NotImplementedError
 
-    def _step_back(
-        self,
-        dS: Tensor,
-        read: Tensor,
-        dnumerator: _Blocks,
-        made: tuple[_Blocks, ...],
-        dlogs: Gates,
-        dlift: Tensor,
-    ) -> Tensor | None:
-        """Make the gradients of q, k times its weight and v; return that of k itself, [J, R, L, K], if there is one.
+    def _step_back(self, dS: Tensor, back: _Back) -> Tensor | None:
+        """Make gradients; return that which reaches k without its weight, [J, R, L, K], if there is one.
 
-        The gradient of the state after the chunk becomes that of the one before.
+        dS, of the state after the chunk, becomes that of the one before.
         """
         raise NotImplementedError
 
@@ -346,17 +357,10 @@ class _Near(_Chunk):
             reads.append(torch.baddbmm(before, self.writer.mT[j], self.v.each[j], out=S))
         return reads
 
-    def _step_back(
-        self,
-        dS: Tensor,
-        read: Tensor,
-        dnumerator: _Blocks,
-        made: tuple[_Blocks, ...],
-        dlogs: Gates,
-        dlift: Tensor,
-    ) -> Tensor | None:
+    def _step_back(self, dS: Tensor, back: _Back) -> Tensor | None:
+        read, dnumerator, dlift, dq, dkw, dv, dlogs = back
         P, dP = self._seen("P", self.q.each, self.kw.mT), self._seen("dP", dnumerator.each, self.v.mT)
-        dC, dST, (dq, dkw, dv) = dS[..., : self.V], dS.mT, made
+        dC, dST = dS[..., : self.V], dS.mT
         for j, S in reversed(list(enumerate(self._reads(read)))):
             torch.bmm(self.writer.each[j], dC, out=dv.each[j]).baddbmm_(P.mT[j], dnumerator.each[j][..., : self.V])
             times(torch.bmm(self.v.each[j], dST, out=dkw.each[j]), self.masks.writes, j)
@@ -401,33 +405,26 @@ class _Far(_Chunk):
         torch.bmm(self._reader(), S, out=numerator[0]).baddbmm_(P.mul_(self._weights()), v)
         S.mul_(self.keep).baddbmm_(kwT, v)
 
-    def _step_back(
-        self,
-        dS: Tensor,
-        read: Tensor,
-        dnumerator: _Blocks,
-        made: tuple[_Blocks, ...],
-        dlogs: Gates,
-        dlift: Tensor,
-    ) -> Tensor | None:
-        xs = (self.q, self.k, self.kw, self.v, dnumerator, *made)
-        q, k, kw, v, dnum, dq, dkw, dv = (x for xs_j in zip(*(x.each for x in xs), strict=True) for x in xs_j)
+    def _step_back(self, dS: Tensor, back: _Back) -> Tensor | None:
+        blocks = (self.q, self.k, self.kw, self.v, back.dnumerator, back.dq, back.dkw, back.dv)
+        q, k, kw, v, dnumerator, dq, dkw, dv = (x.each[0] for x in blocks)
+        read, dlogs = back.read, back.dlogs
         reader, weights = self._reader(), self._weights()
         (P,) = self._pairs("P", self.q.each, self.k.mT).each
-        (dP,) = self._pairs("dP", dnumerator.each, self.v.mT).each
+        (dP,) = self._pairs("dP", back.dnumerator.each, self.v.mT).each
         P.mul_(weights)
-        torch.bmm(kw, dS[..., : self.V], out=dv).baddbmm_(P.mT, dnum[..., : self.V])
+        torch.bmm(kw, dS[..., : self.V], out=dv).baddbmm_(P.mT, dnumerator[..., : self.V])
         dlog = P.mul_(dP)
         torch.sum(dlog, 1, out=dlogs.a[0])
         torch.sum(dlog, -1, out=dlogs.M[0]).neg_()
         dscores = dP.mul_(weights)
-        torch.bmm(dnum, read.mT, out=dq)  # of the reader
+        torch.bmm(dnumerator, read.mT, out=dq)  # of the reader
         dlogs.carry[0] = _dot(reader, dq, self.room.take("products", *dq.shape).whole)
         dq.mul_(self.weights.carry[0]).baddbmm_(dscores, k)
         times(torch.bmm(v, dS.mT, out=dkw), self.masks.writes, 0)
         dS.mul_(self.keep)
         dlogs.carry[0, :, -1] += self._dot_of_states(read, dS)
-        dS.baddbmm_(reader.mT, dnum)
+        dS.baddbmm_(reader.mT, dnumerator)
         return torch.bmm(dscores.mT, q)[None]
 
 

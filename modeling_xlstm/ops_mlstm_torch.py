@@ -14,11 +14,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .ops_common import log_gates
 from .ops_mlstm_chunks import Chunks
-from .ops_mlstm_weights import HIGHEST, Gates, is_near
+from .ops_mlstm_weights import HIGHEST, Gates, are_near
 from .states_xlstm import MLSTMState, compute_dtype
 
 
@@ -27,7 +26,7 @@ def _prepare_gates(
 ) -> tuple[Gates, Tensor]:
     """Turn log gates [B, H, N, J L] and the first stabiliser [B, H] into `Gates` and the last stabiliser.
 
-    `document` counts the resets since the start of each chunk, [B, 1, N, L]; tokens of the same one see each other.
+    `document` counts the resets since the start of each chunk, [B, 1, N, J L]; tokens of the same one see each other.
     """
     b = log_f.cumsum(-1)
     a = log_i - b
@@ -50,10 +49,15 @@ def _prepare_gates(
     return Gates(a, M, carry, write, _floor(b + M)), m
 
 
+def _widened(x: Tensor) -> Tensor:
+    """x in float64, as far as there is: Apple's GPUs have no more than float32."""
+    return x if x.device.type == "mps" else x.double()
+
+
 @torch.no_grad()
 def _of_highest(a: Tensor, document: Tensor) -> Tensor:
-    """Where a [..., L] was highest so far in the document of each token."""
-    wide = a if a.device.type == "mps" else a.double()  # Apple's GPUs have no more
+    """Where a [..., J L] was highest so far in the document of each token."""
+    wide = _widened(a)
     lowest = wide.masked_fill(wide == -torch.inf, torch.inf).amin(-1, keepdim=True)
     span = (wide.amax(-1, keepdim=True) - lowest).clamp(min=0.0, max=1e30)
     # Each document lies above all of the one before.
@@ -77,10 +81,9 @@ def _stabilisers(
         kept = m[..., None] * (torch.ones_like(own) if cut is None else cut).cumprod(-1)
         return torch.cat([m[..., None], kept[..., :-1]], -1), kept[..., -1]
     if cut is None:
-        # Sums over a whole sequence lose digits that differences between neighbours need; Apple's GPUs have no more.
-        wide = m.dtype if m.device.type == "mps" else torch.float64
-        total = F.pad(decay.to(wide).cumsum(-1), (1, 0))
-        highest = torch.cat([m[..., None].to(wide), own.to(wide) - total[..., 1:]], -1).cummax(-1).values
+        # Sums over a whole sequence lose digits that differences between neighbours need.
+        total = F.pad(_widened(decay).cumsum(-1), (1, 0))
+        highest = torch.cat([_widened(m)[..., None], _widened(own) - total[..., 1:]], -1).cummax(-1).values
         kept = (highest + total).to(m.dtype)
         return kept[..., :-1], kept[..., -1]
     before = []
@@ -146,16 +149,11 @@ def mlstm_chunkwise_torch(
         block *= 2
     short, long = _cut(T, 2 * block, 2 * block), _cut(T, max(4 * chunk_size, 2 * block), block)
     cut, made = long, _gates_of_chunks(gates, m, reset, long, sigmoid_gate)
-    if long[1] > 1 and not _all_near(made[0]):
+    if long[1] > 1 and not all(are_near(made[0].M)):
         cut, made = short, _gates_of_chunks(gates, m, reset, short, sigmoid_gate)
     by_chunk, m, document = made
     h, C, n = Chunks.apply(q, k, v, torch.stack(by_chunk).unflatten(-1, cut[1:]), C, n, document, eps)
     return h, MLSTMState(C, n, m)
-
-
-def _all_near(gates: Gates) -> bool:
-    # Tensors without numbers, which tell how much memory would be taken, take the usual way.
-    return isinstance(gates.M, FakeTensor) or bool(is_near(gates.M).all())
 
 
 def mlstm_step_torch(

@@ -40,9 +40,11 @@ NEAR = {torch.float32: 40.0, torch.float64: 500.0}
 HIGHEST = {dtype: math.log(torch.finfo(dtype).max) - 3 for dtype in (torch.float32, torch.float64)}
 
 
-def is_near(M: Tensor) -> Tensor:
-    """Whether the stabilisers of a chunk, [..., J L], are no farther than `NEAR` from the last."""
-    return (M[..., -1:] - M).abs().amax(-1) <= NEAR[M.dtype]
+def are_near(M: Tensor) -> list[bool]:
+    """Whether all stabilisers of chunks, [N, ..., J L], are no farther than `NEAR` from the last of their chunk, N."""
+    if isinstance(M, FakeTensor):  # has no numbers, and is to tell how much memory the usual way takes
+        return [True] * len(M)
+    return ((M[..., -1:] - M).abs() <= NEAR[M.dtype]).flatten(1).all(1).tolist()
 
 
 def weight_of(x: Tensor) -> Tensor:
@@ -120,11 +122,10 @@ def weigh(gates: Tensor, group: tuple[slice, slice], K: int) -> tuple[Tensor, li
     """
     g = Gates(*gates[(slice(None), *group)].permute(0, 3, 4, 1, 2, 5).flatten(3, 4))  # [N, J, R, L]
     rise = g.M[:, -1:, :, -1:] - g.M
-    # Tensors without numbers, which tell how much memory would be taken, take the usual way.
-    kinds = [True] * len(rise)
-    if g.M.shape[1] == 1 and not isinstance(rise, FakeTensor):
-        near = is_near(g.M[:, 0]).all(-1)
-        kinds, rise = near.tolist(), torch.where(near[:, None, None, None], rise, 0.0)
+    kinds = are_near(g.M[:, 0]) if g.M.shape[1] == 1 else [True] * len(rise)  # chunks of several blocks are
+    for rise_c, near in zip(rise, kinds, strict=True):
+        if not near:
+            rise_c.zero_()
     carry, write = weight_of(g.carry - rise), weight_of(g.write).mul_(K**-0.5)
     return torch.stack([g.a, g.M, g.floor, rise.exp_(), carry, write], 1), kinds
 
