@@ -3,62 +3,22 @@
 What is made in a chunk is used while it is in the cache. Kept for the backward pass are the inputs, the outputs and the
 state that each chunk reads; the rest is computed again.
 
-Letters: N chunks of J blocks of L tokens; R heads of all rows, or of some. Tokens of a chunk are [J, R, L, .]. n is one
-more column of the matrix memory, and v has a 1 there: the state S is [R, K, V + `MARGIN`].
+Letters as in `ops_mlstm_tokens`. v has a 1 where n is one more column of the matrix memory: products with the state
+S [R, K, V + `MARGIN`] make numerators and normalisers.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .ops_mlstm_weights import Gates, Masks, Weights, by_chunk, masks_of, times, weigh, weight_of
-
-GROUP = 2**19  # numbers of the largest tensor of a chunk of the heads that go together
-MARGIN = 16  # columns of S beside those of C: as many as leave its rows where a cache line begins
-
-_Group = tuple[slice, slice]  # rows, and heads of each
-
-
-def _groups(shape: torch.Size, widths: tuple[int, int]) -> list[_Group]:
-    """Cut rows and heads of gates [B, H, N, J, L]: no tokens and no scores of a chunk are more numbers than `GROUP`."""
-    B, H, _, J, L = shape
-    room = GROUP // (J * L * max(L, *widths))
-    return list(itertools.product(_cut(B, room // H), _cut(H, room)))
-
-
-def _cut(size: int, most: int) -> list[slice]:
-    """Parts of nearly equal size, none of them larger than `most`."""
-    count = math.ceil(size / max(1, most))
-    edges = [size * part // count for part in range(count + 1)]
-    return [slice(*edge) for edge in itertools.pairwise(edges)]
-
-
-class _Tokens:
-    """A group's tokens [B, T, H, .] by chunk: views [J, rows, heads, L, .], of a copy where tokens are missing."""
-
-    def __init__(self, x: Tensor, group: _Group, blocks: tuple[int, int]):
-        (rows, heads), (J, L) = group, blocks
-        T = x.shape[1] // (J * L) * J * L
-        self._rest = x[rows, T:, heads]
-        parts = [x[rows, :T, heads]]
-        if self._rest.shape[1]:
-            self._copy = F.pad(self._rest, (0, 0, 0, 0, 0, J * L - self._rest.shape[1]))
-            parts.append(self._copy)
-        views = (part.unflatten(1, (-1, J, L)).permute(1, 2, 0, 4, 3, 5).unbind() for part in parts)
-        self.chunks = list(itertools.chain(*views))
-
-    def put_back(self) -> None:
-        """What was written into the copy goes where it belongs."""
-        if rest := self._rest.shape[1]:
-            self._rest.copy_(self._copy[:, :rest])
+from .ops_mlstm_tokens import Blocks, Buffer, Group, Room, Tokens, WideBuffer, groups, joined, separate
+from .ops_mlstm_weights import Masks, Weights, masks_of, times, weigh, weight_of
 
 
 class Chunks(torch.autograd.Function):
@@ -80,24 +40,26 @@ class Chunks(torch.autograd.Function):
         document: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, ...]:
-        (*_, K), V, (*_, N, J, L), room = q.shape, v.shape[-1], gates.shape, _Room(gates)
+        (*_, K), V, (*_, N, J, L) = q.shape, v.shape[-1], gates.shape
         h, last = gates.new_empty(v.shape), (torch.empty_like(C), torch.empty_like(n))
         kept: list[Tensor] = []
+        rooms = cache(partial(Room, h, K, V))
         saving, ctx.shape, ctx.kinds = any(ctx.needs_input_grad), gates.shape, []
-        for group in _groups(gates.shape[1:], (K, V)):
-            S = _joined(C[group], n[group])
+        for group in groups(gates.shape[1:], (K, V)):
+            S, outputs = joined(C[group], n[group]), Tokens(h, group, (J, L))
             reads = S.new_empty(N if saving else 0, *S.shape)
-            normalisers = S.new_empty(N, 2, J, len(S), L)
-            qkv, outputs = [_Tokens(x, group, (J, L)).chunks for x in (q, k, v)], _Tokens(h, group, (J, L))
-            numbers, kinds = weigh(gates, group, K)
-            made = zip(reads.unbind() if saving else [None] * N, normalisers.unbind(), outputs.chunks, strict=True)
-            chunks = zip(by_chunk(numbers, kinds, group, document), zip(*qkv, strict=True), made, strict=True)
-            for weights, qkv_c, made_c in chunks:
-                _chunk(weights, qkv_c, room).read_and_write(S, *made_c, eps)
+            numbers, kinds = weigh(gates, group, K, eps)
+            qn, inverse = normalisers = torch.empty_like(numbers[:2])
+            chunks = _chunks(group, (q, k, v), Weights(*numbers), kinds, document)
+            room = rooms(chunks[0].v.shape[:-1])
+            to_keep = (reads, qn) if saving else ([None] * N, [None] * N)
+            made = zip(*to_keep, inverse, outputs.chunks, strict=True)
+            for near, chunk, made_c in zip(kinds, chunks, made, strict=True):
+                _products(near, chunk, room).read_and_write(S, *made_c)
             outputs.put_back()
             kept += [numbers, reads, normalisers] if saving else []
             ctx.kinds.append(kinds)
-            _separate(S, last[0][group], last[1][group])
+            separate(S, last[0][group], last[1][group])
         ctx.save_for_backward(q, k, v, document, h, *kept)
         ctx.set_materialize_grads(False)
         return h, *last
@@ -106,233 +68,233 @@ class Chunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, document, h, *kept = ctx.saved_tensors
-        (B, _, H, K), V, (*_, N, J, L) = q.shape, v.shape[-1], ctx.shape
+        (B, _, H, K), V, (*_, J, L) = q.shape, v.shape[-1], ctx.shape
         dh = torch.zeros_like(h) if dh is None else dh
         dC = h.new_zeros(B, H, K, V) if dC is None else dC
         dn = h.new_zeros(B, H, K) if dn is None else dn
         first = (torch.empty_like(dC), torch.empty_like(dn))
-        dqkv, dgates, room = [x.new_empty(x.shape) for x in (q, k, v)], h.new_empty(ctx.shape), _Room(h)
-        for group, kinds in zip(_groups(ctx.shape[1:], (K, V)), ctx.kinds, strict=True):
+        dqkv, dgates = [x.new_empty(x.shape) for x in (q, k, v)], h.new_empty(ctx.shape)
+        rooms = cache(partial(Room, h, K, V))
+        for group, kinds in zip(groups(ctx.shape[1:], (K, V)), ctx.kinds, strict=True):
             numbers, reads, normalisers, *kept = kept
-            dS = _joined(dC[group], dn[group])
-            dgates_by_chunk = h.new_zeros(N, 5, J, len(dS), L)
-            tokens = [[_Tokens(x, group, (J, L)) for x in xs] for xs in ((q, k, v), (h, dh), dqkv)]
-            views = (zip(*(x.chunks for x in xs), strict=True) for xs in tokens)
-            made = zip(reads.unbind(), normalisers.unbind(), dgates_by_chunk.unbind(), strict=True)
-            chunks = list(zip(by_chunk(numbers, kinds, group, document), *views, made, strict=True))
-            for weights, qkv_c, outputs, dqkv_c, made_c in reversed(chunks):
-                _chunk(weights, qkv_c, room).differentiate(dS, outputs, dqkv_c, *made_c)
-            for x in tokens[-1]:
+            dS, weights = joined(dC[group], dn[group]), Weights(*numbers)
+            gradients = _Gradients(weights, normalisers, kinds)
+            chunks = _chunks(group, (q, k, v), weights, kinds, document)
+            inputs, outputs = ([Tokens(x, group, (J, L)) for x in xs] for xs in (dqkv, (h, dh)))
+            views = (zip(*(x.chunks for x in xs), strict=True) for xs in (outputs, inputs))
+            room = rooms(chunks[0].v.shape[:-1])
+            made = list(zip(kinds, chunks, reads, gradients.by_chunk, *views, strict=True))
+            for near, chunk, *made_c in reversed(made):
+                _products(near, chunk, room).differentiate(dS, *made_c)
+            for x in inputs:
                 x.put_back()
-            view = dgates[(slice(None), *group)]
-            view.copy_(dgates_by_chunk.unflatten(3, view.shape[1:3]).permute(1, 3, 4, 0, 2, 5))
-            _separate(dS, first[0][group], first[1][group])
+            dgates[(slice(None), *group)] = gradients.of_gates()
+            separate(dS, first[0][group], first[1][group])
         return *dqkv, dgates, *first, None, None
 
 
-def _joined(C: Tensor, n: Tensor) -> Tensor:
-    """C [rows, heads, K, V] and n [rows, heads, K] -> S [R, K, V + MARGIN]."""
-    S = F.pad(C.flatten(0, 1), (0, MARGIN))
-    S[..., C.shape[-1]] = n.flatten(0, 1)
-    return S
+class _Operand(NamedTuple):
+    """Tokens of a chunk, [J, rows, heads, L, .], and views that products can read, if there are any."""
+
+    by_row: Tensor
+    views: Blocks | None
 
 
-def _separate(S: Tensor, C: Tensor, n: Tensor) -> None:
-    """Write S into views of C and n; see `_joined`."""
-    C.copy_(S[..., : C.shape[-1]].view(C.shape))
-    n.copy_(S[..., C.shape[-1]].view(n.shape))
+class _Chunk(NamedTuple):
+    """What one chunk of a group's heads is given.
+
+    Attributes:
+        weights: see `Weights`.
+        keep: weight of the state before the chunk in the one after it, [R, 1, 1].
+        document: see `Chunks`, [rows, J, L].
+        q: [J, rows, heads, L, K].
+        k: [J, rows, heads, L, K].
+        v: [J, rows, heads, L, V].
+    """
+
+    weights: Weights
+    keep: Tensor
+    document: Tensor | None
+    q: _Operand
+    k: _Operand
+    v: Tensor
 
 
-class _Blocks(NamedTuple):
-    """A tensor, its views by the first dim, and those transposed."""
-
-    whole: Tensor
-    each: tuple[Tensor, ...]
-    mT: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, x: Tensor) -> _Blocks:
-        return cls(x, x.unbind(), x.mT.unbind())
-
-
-class _Room:
-    """Buffers by name and shape: what a chunk makes is written where the chunk before had its own, in the cache."""
-
-    def __init__(self, like: Tensor):
-        self._like = like
-        self._buffers: dict[Any, _Blocks] = {}
-
-    def take(self, name: str, *shape: int, fill: float | None = None) -> _Blocks:
-        """A buffer, filled when it is new."""
-        key = (name, shape)
-        if key not in self._buffers:
-            buffer = self._like.new_empty(shape) if fill is None else self._like.new_full(shape, fill)
-            self._buffers[key] = _Blocks.of(buffer)
-        return self._buffers[key]
-
-
-def _dot(x: Tensor, y: Tensor, room: Tensor) -> Tensor:
-    """Scalar products over the last dim, the products in a tensor that nobody else needs."""
-    return torch.mul(x, y, out=room).sum(-1)
+def _chunks(
+    group: Group, qkv: tuple[Tensor, ...], weights: Weights, kinds: list[bool], document: Tensor | None
+) -> list[_Chunk]:
+    """The chunks, with the weights of all and documents [B, N, J, L]."""
+    (N, J, *_, L, _), dtype = weights.a.shape, weights.a.dtype
+    tokens = [Tokens(x, group, (J, L)) for x in qkv]
+    q, k = (map(_Operand, x.chunks, x.blocks(dtype)) for x in tokens[:2])
+    firsts, lasts = (weights.carry[:, j, ..., t, :].reshape(N, -1, 1, 1) for j, t in ((0, 0), (-1, -1)))
+    keeps = (first if near else last for near, first, last in zip(kinds, firsts, lasts, strict=True))
+    documents = [None] * N if document is None else document[group[0]].unbind(1)
+    by_chunk = (Weights(*x) for x in zip(*weights, strict=True))
+    return list(map(_Chunk, by_chunk, keeps, documents, q, k, tokens[2].chunks))
 
 
 class _Back(NamedTuple):
-    """What the gradients of a chunk's products are made of, and where they go.
+    """What a chunk's gradients are made of beside its inputs and outputs, and where those of its gates go.
 
     Attributes:
-        read: the state as the first block reads it, [R, K, V + MARGIN].
-        dnumerator: gradient of what tokens read, [J, R, L, V + MARGIN].
-        dlift: of log lift, [J, R, L].
-        dq: to be made, [J, R, L, K].
-        dkw: of k times its weight, to be made, [J, R, L, K].
-        dv: to be made, [J, R, L, V].
-        dlogs: of `Gates`, to be made but for the floor's and `write`'s, 0 so far, [J, R, L] each.
+        inverse: 1 / normaliser, [J, rows, heads, L, 1].
+        of_n: gradient of qn, over h dh, [J, rows, heads, L, 1].
+        along: h dh of each token, to be made, [J, rows, heads, L, 1].
+        a: see `Gates`; 0 so far, and so are all below, [J, rows, heads, L, 1].
+        M: see `Gates`; of a near chunk `_Gradients` makes it, [J, rows, heads, L, 1].
+        carry: see `Gates`; of a near chunk `_Gradients` makes it, [J, rows, heads, L, 1].
+        write: see `Gates`, [J, rows, heads, L, 1].
+        keep: of log keep, if the chunk is near, [R].
     """
 
-    read: Tensor
-    dnumerator: _Blocks
-    dlift: Tensor
-    dq: _Blocks
-    dkw: _Blocks
-    dv: _Blocks
-    dlogs: Gates
+    inverse: Tensor
+    of_n: Tensor
+    along: Tensor
+    a: Tensor
+    M: Tensor
+    carry: Tensor
+    write: Tensor
+    keep: Tensor
 
 
-class _Chunk:
-    """The products of one chunk of a group's heads, `_Near` or `_Far`.
+class _Gradients:
+    """The gradients of a group's gates.
 
     Args:
-        weights: see `Weights`.
-        tokens: q, k, v, [J, rows, heads, L, .].
-        room: for what is made.
+        weights: of all chunks, [N, J, rows, heads, L, 1] each.
+        normalisers: qn and 1 / normaliser, [2, N, J, rows, heads, L, 1].
+        kinds: whether each chunk is near.
     """
 
-    def __init__(self, weights: Weights, tokens: tuple[Tensor, ...], room: _Room):
-        self.weights, self.room = weights, room
-        self.masks = Masks() if weights.document is None else masks_of(weights.document, weights.M)
-        q, k, v = tokens
-        self.V, self.shape = v.shape[-1], q.shape[:4]
-        self.q = self._flat("q", q)
-        # The column behind v is 1, and so are those that fill its margin: nothing reads what they make.
-        self.v = room.take("v", *weights.M.shape, self.V + MARGIN, fill=1.0)
-        self._tokens(self.v.whole[..., : self.V]).copy_(v)
-        self.kw = room.take("kw", *self.q.whole.shape)
-        torch.mul(k, self._tokens(weights.write), out=self._tokens(self.kw.whole))
+    def __init__(self, weights: Weights, normalisers: Tensor, kinds: list[bool]):
+        floor, (qn, inverse) = weights.floor, normalisers
+        by_floor, near = qn.abs() < floor, torch.tensor(kinds, device=qn.device).view(-1, 1, 1, 1, 1, 1)
+        of_n = (qn.sign() * inverse).neg_().masked_fill_(by_floor, 0.0)
+        self._of_lift = torch.where(near, of_n * qn + 1.0, 0.0)
+        self._of_floor = (floor * inverse).neg_().masked_fill_(~by_floor, 0.0)
+        self._gates = floor.new_zeros(5, *floor.shape)
+        self._keep = floor.new_zeros(len(near), floor[0, 0, ..., 0, 0].numel())
+        self.by_chunk = [_Back(*x) for x in zip(inverse, of_n, *self._gates, self._keep, strict=True)]
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """[J, R, L, .] -> [J, rows, heads, L, .]."""
-        return x.view(*self.shape, x.shape[-1])
+    def of_gates(self) -> Tensor:
+        """Once every chunk has made its own: of `Gates`, [5, rows, heads, N, J, L]."""
+        along, a, M, carry, write = self._gates.squeeze(-1)
+        keep = self._keep.view(carry[:, 0, ..., 0].shape)
+        lift = along * self._of_lift.squeeze(-1)
+        M -= lift
+        M[:, 0, ..., 0] += keep
+        M[:, -1, ..., -1] += lift.sum((1, -1)) - keep
+        carry[:, 0, ..., 0] += keep
+        gates = torch.stack([a, M, carry, write, along * self._of_floor.squeeze(-1)])
+        return gates.permute(0, 3, 4, 1, 2, 5)
 
-    def _flat(self, name: str, x: Tensor) -> _Blocks:
-        """[J, rows, heads, L, .] -> [J, R, L, .], views of one row if it has the dtype."""
-        if x.dtype is self.weights.M.dtype and x.shape[1] == 1:
-            return _Blocks.of(x[:, 0])
-        flat = self.room.take(name, *self.weights.M.shape, x.shape[-1])
-        self._tokens(flat.whole).copy_(x)
-        return flat
 
-    def _pairs(self, name: str, x: Iterable[Tensor], y: Iterable[Tensor]) -> _Blocks:
+class _Products:
+    """The products of one chunk of a group's heads, `_Near` or `_Far`."""
+
+    def __init__(self, chunk: _Chunk, room: Room):
+        self.weights, self.keep, self.v, self.room = chunk.weights, chunk.keep, chunk.v, room
+        self.masks = Masks() if chunk.document is None else masks_of(chunk.document, self.weights.M.flatten(1, 2))
+        self.q, self.k = self._views("q", chunk.q), self._views("k", chunk.k)
+
+    def _views(self, name: str, x: _Operand) -> Blocks:
+        """What products read, copied if it must be."""
+        if x.views is not None:
+            return x.views
+        copy = self.room.tokens(name, self.room.K)
+        copy.by_row.copy_(x.by_row)
+        return copy.blocks
+
+    def _pairs(self, name: str, x: Iterable[Tensor], y: Iterable[Tensor]) -> Blocks:
         """The products of each block's x and y, [J, R, L, L]."""
-        pairs = self.room.take(name, *self.weights.M.shape, self.weights.M.shape[-1])
+        pairs = self.room.tokens(name, self.room.shape[-1]).blocks
         for out, x_j, y_j in zip(pairs.each, x, y, strict=True):
             torch.bmm(x_j, y_j, out=out)
         return pairs
 
-    def read_and_write(self, S: Tensor, read: Tensor | None, normalisers: Tensor, h: Tensor, eps: float) -> None:
+    def read_and_write(self, S: Tensor, read: Tensor | None, qn: Tensor | None, inverse: Tensor, h: Tensor) -> None:
         """The forward pass.
 
         Args:
             S: the state before the chunk; the one after it is written over that.
             read: where S is written as the first block reads it, [R, K, V + MARGIN], if anybody asks.
-            normalisers: where qn and the normaliser of each token are written, [2, J, R, L].
+            qn: where q n is written, [J, rows, heads, L, 1], if anybody asks.
+            inverse: where 1 / normaliser is written, [J, rows, heads, L, 1].
             h: where the outputs are written, [J, rows, heads, L, V].
-            eps: added to the normaliser.
         """
-        w, (qn, normaliser) = self.weights, normalisers
-        numerator, each, _ = self.room.take("numerator", *self.v.whole.shape)
-        self._step(S, read, each)
-        torch.mul(numerator[..., self.V], w.lift, out=qn)
-        torch.maximum(qn.abs(), w.floor, out=normaliser).add_(eps)
-        torch.mul(self._tokens(numerator[..., : self.V]), self._tokens((w.lift / normaliser)[..., None]), out=h)
+        numerator = self.room.wide("numerator")
+        self._step(S, read, numerator.blocks.each)
+        if qn is not None:
+            qn.copy_(numerator.n)
+        torch.abs(numerator.n, out=inverse).clamp_(min=self.weights.floor).add_(self.weights.eps).reciprocal_()
+        torch.mul(numerator.v, inverse, out=h)
 
     def differentiate(
-        self,
-        dS: Tensor,
-        outputs: tuple[Tensor, Tensor],
-        dqkv: tuple[Tensor, ...],
-        read: Tensor,
-        normalisers: Tensor,
-        dgates: Tensor,
+        self, dS: Tensor, read: Tensor, back: _Back, outputs: tuple[Tensor, Tensor], dqkv: tuple[Tensor, ...]
     ) -> None:
         """The backward pass.
 
         Args:
             dS: gradient of the state after the chunk; of the one before it is written over that.
+            read: see `read_and_write`.
+            back: see `_Back`.
             outputs: h and its gradient, [J, rows, heads, L, V].
             dqkv: where the gradients of q, k, v are written, [J, rows, heads, L, .].
-            read: see `read_and_write`.
-            normalisers: see `read_and_write`.
-            dgates: where the gradients of `Gates` are written, 0 so far, [5, J, R, L].
         """
-        w, (h, dh), (qn, normaliser), dlogs = self.weights, outputs, normalisers, Gates(*dgates)
-        widths = {"dq": dqkv[0].shape[-1], "dkw": dqkv[0].shape[-1], "dv": self.V}
-        dq, dkw, dv = (self.room.take(name, *qn.shape, width) for name, width in widths.items())
-        along = _dot(dh, h, self._tokens(dv.whole)).view(qn.shape)
-        dnormaliser = along / -normaliser
-        by_floor = qn.abs() < w.floor
-        torch.mul(dnormaliser, by_floor, out=dlogs.floor)
-        dqn = (dnormaliser * qn.sign()).masked_fill_(by_floor, 0.0)
-        dlift = torch.addcmul(along, dqn, qn)  # of log lift
-        dnumerator = self.room.take("dnumerator", *self.v.whole.shape, fill=0.0)
-        scale = self._tokens((w.lift / normaliser)[..., None])
-        torch.mul(dh, scale, out=self._tokens(dnumerator.whole[..., : self.V]))
-        torch.mul(dqn, w.lift, out=dnumerator.whole[..., self.V])
-        dk = self._step_back(dS, _Back(read, dnumerator, dlift, dq, dkw, dv, dlogs))
-        dlogs.write.copy_(_dot(dkw.whole, self.kw.whole, self.kw.whole))
-        for x, view in zip((dq, dv), dqkv[::2], strict=True):
-            view.copy_(self._tokens(x.whole))
-        if dk is None:
-            torch.mul(self._tokens(dkw.whole), self._tokens(w.write), out=dqkv[1])
-        else:
-            dqkv[1].copy_(self._tokens(dk.addcmul_(dkw.whole, w.write)))
+        h, dh = outputs
+        along = torch.mul(h, dh, out=self._gradient("v").by_row)
+        torch.sum(along, -1, keepdim=True, out=back.along)
+        dnumerator = self.room.wide("dnumerator")
+        torch.mul(dh, back.inverse, out=dnumerator.v)
+        torch.mul(back.along, back.of_n, out=dnumerator.n)
+        self._step_back(dS, read, dnumerator, back, dqkv)
 
     def _step(self, S: Tensor, read: Tensor | None, numerator: tuple[Tensor, ...]) -> None:
         """Read S into the numerators, by block, and turn it into the state after the chunk."""
         raise NotImplementedError
 
-    def _step_back(self, dS: Tensor, back: _Back) -> Tensor | None:
-        """Make gradients; return that which reaches k without its weight, [J, R, L, K], if there is one.
-
-        dS, of the state after the chunk, becomes that of the one before.
-        """
+    def _step_back(
+        self, dS: Tensor, read: Tensor, dnumerator: WideBuffer, back: _Back, dqkv: tuple[Tensor, ...]
+    ) -> None:
+        """Make the gradients of all that `_step` read, that of the state after the chunk into the one before."""
         raise NotImplementedError
 
-    def _dot_of_states(self, S: Tensor, dS: Tensor) -> Tensor:
-        return _dot(S, dS, self.room.take("products", *S.shape).whole).sum(-1)
+    def _gradient(self, x: str) -> Buffer:
+        """A buffer for that of q, k or v."""
+        return self.room.tokens("d" + x, self.room.V if x == "v" else self.room.K)
+
+    def _keep_gradient(self, read: Tensor, dS: Tensor) -> Tensor:
+        """Of log keep, of what it has made of the state and of the gradient it gets, [R]."""
+        return torch.mul(read, dS, out=self.room.states.each[0]).sum((1, 2))
 
 
-class _Near(_Chunk):
+class _Near(_Products):
     """A chunk in which no token needs a weight per other token: exp(a_s - M_t) is write_s lift_t.
 
-    The state before the chunk weighs keep lift_t: tokens read S that has decayed by keep, and what they read is lifted
-    afterwards. What is between is linear attention without weights, from block to block.
+    The state before the chunk weighs keep lift_t: tokens read S that has decayed by keep. What is between is linear
+    attention without weights, from block to block: of q, k, and v and n's 1 times write. The lift would be in numerator
+    and normaliser; instead, what the latter has besides is divided by it.
     """
 
-    def __init__(self, weights: Weights, tokens: tuple[Tensor, ...], room: _Room):
-        super().__init__(weights, tokens, room)
-        self.keep = weights.carry[0, :, :1]
+    def __init__(self, *given: Any):
+        super().__init__(*given)
+        values = self.room.wide("values")
+        torch.mul(self.v, self.weights.write, out=values.v)
+        values.n.copy_(self.weights.write)
+        self.values = values.blocks
         # What reads S, and what is written to it.
         self.reader = self._masked("reader", self.q, self.masks.reads)
-        self.writer = self._masked("writer", self.kw, self.masks.writes)
+        self.writer = self._masked("writer", self.k, self.masks.writes)
 
-    def _masked(self, name: str, x: _Blocks, mask: Tensor | None) -> _Blocks:
+    def _masked(self, name: str, x: Blocks, mask: Tensor | None) -> Blocks:
         if mask is None:
             return x
-        out = self.room.take(name, *x.whole.shape)
+        out = self.room.tokens(name, self.room.K).blocks
         torch.mul(x.whole, mask, out=out.whole)
         return out
 
-    def _seen(self, name: str, x: Iterable[Tensor], y: Iterable[Tensor]) -> _Blocks:
+    def _seen(self, name: str, x: Iterable[Tensor], y: Iterable[Tensor]) -> Blocks:
         pairs, seen = self._pairs(name, x, y), self.masks.seen
         if seen is None:
             pairs.whole.tril_()
@@ -344,89 +306,98 @@ class _Near(_Chunk):
         S.mul_(self.keep)
         if read is not None:
             read.copy_(S)
-        P = self._seen("P", self.q.each, self.kw.mT)
-        for j, v in enumerate(self.v.each):
-            torch.bmm(self.reader.each[j], S, out=numerator[j]).baddbmm_(P.each[j], v)
-            times(S, self.masks.stays, j).baddbmm_(self.writer.mT[j], v)
+        P = self._seen("P", self.q.each, self.k.mT)
+        for j, values in enumerate(self.values.each):
+            torch.bmm(self.reader.each[j], S, out=numerator[j]).baddbmm_(P.each[j], values)
+            times(S, self.masks.stays, j).baddbmm_(self.writer.mT[j], values)
 
     def _reads(self, read: Tensor) -> list[Tensor]:
         """The state that each block reads, of that which the first one reads."""
         reads, stays = [read], self.masks.stays
-        for j, S in enumerate(self.room.take("reads", len(self.v.each) - 1, *read.shape).each):
+        for j, S in enumerate(self.room.states.each[: len(self.v) - 1]):
             before = reads[-1] if stays is None else torch.mul(reads[-1], stays[j], out=S)
-            reads.append(torch.baddbmm(before, self.writer.mT[j], self.v.each[j], out=S))
+            reads.append(torch.baddbmm(before, self.writer.mT[j], self.values.each[j], out=S))
         return reads
 
-    def _step_back(self, dS: Tensor, back: _Back) -> Tensor | None:
-        read, dnumerator, dlift, dq, dkw, dv, dlogs = back
-        P, dP = self._seen("P", self.q.each, self.kw.mT), self._seen("dP", dnumerator.each, self.v.mT)
-        dC, dST = dS[..., : self.V], dS.mT
+    def _step_back(
+        self, dS: Tensor, read: Tensor, dnumerator: WideBuffer, back: _Back, dqkv: tuple[Tensor, ...]
+    ) -> None:
+        masks, dnum, values = self.masks, dnumerator.blocks.each, self.values
+        made = [self._gradient(x) for x in "qkv"]
+        dq, dk, dv = (x.blocks for x in made)
+        P, dP = self._seen("P", self.q.each, self.k.mT), self._seen("dP", dnum, values.mT)
+        dC, dST = dS[..., : self.room.V], dS.mT
         for j, S in reversed(list(enumerate(self._reads(read)))):
-            torch.bmm(self.writer.each[j], dC, out=dv.each[j]).baddbmm_(P.mT[j], dnumerator.each[j][..., : self.V])
-            times(torch.bmm(self.v.each[j], dST, out=dkw.each[j]), self.masks.writes, j)
-            dkw.each[j].baddbmm_(dP.mT[j], self.q.each[j])
-            times(torch.bmm(dnumerator.each[j], S.mT, out=dq.each[j]), self.masks.reads, j)
-            dq.each[j].baddbmm_(dP.each[j], self.kw.each[j])
-            times(dS, self.masks.stays, j).baddbmm_(self.reader.mT[j], dnumerator.each[j])
-        dkeep = self._dot_of_states(read, dS)
+            torch.bmm(self.writer.each[j], dC, out=dv.each[j]).baddbmm_(P.mT[j], dnumerator.v_by_block[j])
+            times(torch.bmm(values.each[j], dST, out=dk.each[j]), masks.writes, j).baddbmm_(dP.mT[j], self.q.each[j])
+            times(torch.bmm(dnum[j], S.mT, out=dq.each[j]), masks.reads, j).baddbmm_(dP.each[j], self.k.each[j])
+            times(dS, masks.stays, j).baddbmm_(self.reader.mT[j], dnum[j])
+        back.keep.copy_(self._keep_gradient(read, dS))
         dS.mul_(self.keep)
-        torch.neg(dlift, out=dlogs.M)
-        dlogs.carry[0, :, 0] = dkeep
-        dlogs.M[0, :, 0] += dkeep
-        dlogs.M[-1, :, -1] += dlift.sum((0, 2)) - dkeep
-        return None
+        dqkv[0].copy_(made[0].by_row)
+        dqkv[1].copy_(made[1].by_row)
+        torch.mul(made[2].by_row, self.weights.write, out=dqkv[2])
+        torch.sum(dk.whole.mul_(self.k.whole), -1, keepdim=True, out=back.write.flatten(1, 2))
 
 
-class _Far(_Chunk):
+class _Far(_Products):
     """A chunk of one block in which each token has a weight for each other."""
 
-    def __init__(self, weights: Weights, tokens: tuple[Tensor, ...], room: _Room):
-        super().__init__(weights, tokens, room)
-        self.k, self.keep = self._flat("k", tokens[1]), weights.carry[-1, :, -1:]
-        times(self.kw.each[0], self.masks.writes, 0)
+    def __init__(self, *given: Any):
+        super().__init__(*given)
+        self.carry, self.write = (x[0].flatten(0, 1) for x in (self.weights.carry, self.weights.write))
+        values = self.room.wide("values")
+        values.v.copy_(self.v)
+        values.n.fill_(1.0)
+        self.values, self.kw = values.blocks, self.room.tokens("kw", self.room.K).blocks
+        times(torch.mul(self.k.each[0], self.write, out=self.kw.each[0]), self.masks.writes, 0)
 
     def _weights(self) -> Tensor:
         """exp(a_s - M_t) where t sees s, scale included, [R, L, L]."""
-        w = self.weights
-        weights = weight_of(w.a[0, :, None, :] - w.M[0, ..., None])
+        a, M = (x[0].flatten(0, 1) for x in (self.weights.a, self.weights.M))
+        weights = weight_of(a.mT - M)
         seen = weights.tril_() if self.masks.seen is None else weights.mul_(self.masks.seen[0])
         return seen.mul_(self.q.whole.shape[-1] ** -0.5)
 
     def _reader(self) -> Tensor:
         """q as it reads S."""
-        (q,), (carry,) = self.q.each, self.weights.carry
-        return torch.mul(q, carry, out=self.room.take("reader", *q.shape).whole)
+        return torch.mul(self.q.each[0], self.carry, out=self.room.tokens("reader", self.room.K).blocks.each[0])
 
     def _step(self, S: Tensor, read: Tensor | None, numerator: tuple[Tensor, ...]) -> None:
         if read is not None:
             read.copy_(S)
         (P,) = self._pairs("P", self.q.each, self.k.mT).each
-        (v,), (kwT,) = self.v.each, self.kw.mT
-        torch.bmm(self._reader(), S, out=numerator[0]).baddbmm_(P.mul_(self._weights()), v)
-        S.mul_(self.keep).baddbmm_(kwT, v)
+        (values,), (kwT,) = self.values.each, self.kw.mT
+        torch.bmm(self._reader(), S, out=numerator[0]).baddbmm_(P.mul_(self._weights()), values)
+        S.mul_(self.keep).baddbmm_(kwT, values)
 
-    def _step_back(self, dS: Tensor, back: _Back) -> Tensor | None:
-        blocks = (self.q, self.k, self.kw, self.v, back.dnumerator, back.dq, back.dkw, back.dv)
-        q, k, kw, v, dnumerator, dq, dkw, dv = (x.each[0] for x in blocks)
-        read, dlogs = back.read, back.dlogs
+    def _step_back(
+        self, dS: Tensor, read: Tensor, dnumerator: WideBuffer, back: _Back, dqkv: tuple[Tensor, ...]
+    ) -> None:
+        made, blocks = [self._gradient(x) for x in "qkv"], (self.q, self.k, self.kw, self.values, dnumerator.blocks)
+        (q, k, kw, values, dnum), (dq, dk, dv) = (x.each[0] for x in blocks), (x.blocks.each[0] for x in made)
+        da, dM, dcarry, dwrite = (x[0].flatten(0, 1) for x in (back.a, back.M, back.carry, back.write))
         reader, weights = self._reader(), self._weights()
         (P,) = self._pairs("P", self.q.each, self.k.mT).each
-        (dP,) = self._pairs("dP", back.dnumerator.each, self.v.mT).each
+        (dP,) = self._pairs("dP", (dnum,), self.values.mT).each
         P.mul_(weights)
-        torch.bmm(kw, dS[..., : self.V], out=dv).baddbmm_(P.mT, dnumerator[..., : self.V])
+        torch.bmm(kw, dS[..., : self.room.V], out=dv).baddbmm_(P.mT, dnumerator.v_by_block[0])
         dlog = P.mul_(dP)
-        torch.sum(dlog, 1, out=dlogs.a[0])
-        torch.sum(dlog, -1, out=dlogs.M[0]).neg_()
+        torch.sum(dlog.mT, -1, keepdim=True, out=da)
+        torch.sum(dlog, -1, keepdim=True, out=dM).neg_()
         dscores = dP.mul_(weights)
-        torch.bmm(dnumerator, read.mT, out=dq)  # of the reader
-        dlogs.carry[0] = _dot(reader, dq, self.room.take("products", *dq.shape).whole)
-        dq.mul_(self.weights.carry[0]).baddbmm_(dscores, k)
-        times(torch.bmm(v, dS.mT, out=dkw), self.masks.writes, 0)
+        torch.bmm(dnum, read.mT, out=dq)  # of the reader
+        torch.sum(torch.mul(reader, dq, out=dk), -1, keepdim=True, out=dcarry)
+        dq.mul_(self.carry).baddbmm_(dscores, k)
+        times(torch.bmm(values, dS.mT, out=dk), self.masks.writes, 0)  # of kw
         dS.mul_(self.keep)
-        dlogs.carry[0, :, -1] += self._dot_of_states(read, dS)
-        dS.baddbmm_(reader.mT, dnumerator)
-        return torch.bmm(dscores.mT, q)[None]
+        dcarry[:, -1, 0] += self._keep_gradient(read, dS)
+        dS.baddbmm_(reader.mT, dnum)
+        torch.sum(torch.mul(dk, kw, out=kw), -1, keepdim=True, out=dwrite)
+        dk.mul_(self.write).baddbmm_(dscores.mT, q)
+        for x, view in zip(made, dqkv, strict=True):
+            view.copy_(x.by_row)
 
 
-def _chunk(weights: Weights, tokens: tuple[Tensor, ...], room: _Room) -> _Chunk:
-    return (_Near if weights.is_near else _Far)(weights, tokens, room)
+def _products(near: bool, chunk: _Chunk, room: Room) -> _Products:
+    return (_Near if near else _Far)(chunk, room)

@@ -31,22 +31,21 @@ def _prepare_gates(
     b = log_f.cumsum(-1)
     a = log_i - b
     if document is None:
-        reached = torch.ones_like(b)  # 1 where the state before the chunk reaches the token
-        base = torch.zeros_like(b)  # b just before the first token of the token's document
-        highest = a.cummax(-1).values
+        highest, decay, cut = a.cummax(-1).values, b[..., -1], None
     else:
-        reached = (document == 0).expand_as(b).to(b.dtype)
+        reached = (document == 0).expand_as(b).to(b.dtype)  # 1 where the state before the chunk reaches the token
         is_reset = F.pad(document, (1, 0)).diff(dim=-1) > 0
-        base = F.pad(b, (1, -1)).masked_fill(~is_reset, 0.0).cummin(-1).values  # b never rises
-        highest = a.gather(-1, _of_highest(a, document))
-    cut = None if document is None else reached[..., -1]
-    before, m = _stabilisers(m, highest[..., -1] + b[..., -1], b[..., -1] - base[..., -1], cut, sigmoid_gate)
-    start = before[..., None] * reached
-    M = start - b if sigmoid_gate else torch.maximum(highest, start - base)
-    carry, write = start - base - M, a - M[..., -1:]
+        # b just before the first token of the token's document; b never rises.
+        base = F.pad(b, (1, -1)).masked_fill(~is_reset, 0.0).cummin(-1).values
+        highest, decay, cut = a.gather(-1, _of_highest(a, document)), b[..., -1] - base[..., -1], reached[..., -1]
+    before, m = _stabilisers(m, highest[..., -1] + b[..., -1], decay, cut, sigmoid_gate)
+    start = before[..., None] if document is None else before[..., None] * reached
+    weight = start if document is None else start - base  # of what was before the document, relative to b
+    M = start - b if sigmoid_gate else torch.maximum(highest, weight)
+    carry, write = weight - M, a - M[..., -1:]
     if document is not None:
         carry = carry.masked_fill(reached == 0, -torch.inf)
-    return Gates(a, M, carry, write, _floor(b + M)), m
+    return Gates(a, M, carry, write, _log_floor(b + M)), m
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -64,9 +63,9 @@ def _of_highest(a: Tensor, document: Tensor) -> Tensor:
     return (wide.clamp(min=lowest - 1) + (span + 2) * document).cummax(-1).indices
 
 
-def _floor(m: Tensor) -> Tensor:
-    """exp(-m), bounded: of a very negative m it would be infinite, and the gradient of x / infinity 0 * infinity."""
-    return (-m).clamp(max=HIGHEST[m.dtype]).exp_()
+def _log_floor(m: Tensor) -> Tensor:
+    """-m, bounded: exp of a very high one would be infinite, and the gradient of x / infinity 0 * infinity."""
+    return (-m).clamp(max=HIGHEST[m.dtype])
 
 
 def _stabilisers(
@@ -111,10 +110,13 @@ def _gates_of_chunks(
     """Log gates [B, T, H] -> `Gates`, the last stabiliser and documents by chunk, [B, N, J, L]."""
     (N, J, L), document = cut, None
     missing = N * J * L - gates[0].shape[1]
-    padded = (_whole_chunks(x, missing, fill) for x, fill in zip(gates, (-torch.inf, 0.0), strict=True))
-    log_i, log_f = (x.transpose(1, 2).unflatten(-1, (N, J * L)).contiguous() for x in padded)
+    log_i, log_f = gates
     if reset is not None:
+        if sigmoid_gate:  # at a reset nothing is left to forget, and the stabiliser stays
+            log_f = log_f.masked_fill(reset[..., None], 0.0)
         document = _whole_chunks(reset.long(), missing).unflatten(1, (N, J * L)).cumsum(-1)
+    padded = (_whole_chunks(x, missing, fill) for x, fill in ((log_i, -torch.inf), (log_f, 0.0)))
+    log_i, log_f = (x.transpose(1, 2).unflatten(-1, (N, J * L)).contiguous() for x in padded)
     made, m = _prepare_gates(log_i, log_f, m, None if document is None else document[:, None], sigmoid_gate)
     return made, m, None if document is None else document.unflatten(-1, (J, L))
 
@@ -187,6 +189,6 @@ def mlstm_step_torch(
     C = (C.reshape(rows, K, V) * f_prime).addcmul_(kw, v.reshape(rows, 1, V), value=K**-0.5)
     n = (n.reshape(rows, K, 1) * f_prime).add_(kw, alpha=K**-0.5)
     q = q.reshape(rows, 1, K)
-    normaliser = torch.maximum(torch.bmm(q, n).abs_(), _floor(m_next)).add_(eps)
+    normaliser = torch.maximum(torch.bmm(q, n).abs_(), _log_floor(m_next).exp_()).add_(eps)
     h = torch.bmm(q, C).div_(normaliser)
     return h.view(B, 1, H, V), MLSTMState(C.view(B, H, K, V), n.view(B, H, K), m_next.view(B, H))

@@ -16,21 +16,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Gates(NamedTuple):
-    """The gates of all chunks as the products need them: natural logs, but for the last.
+    """The gates of all chunks as the products need them, natural logs.
 
     Attributes:
         a: weight of token s before stabilisation, [B, H, N, J L].
         M: stabiliser of token t; exp(a_s - M_t) weighs s at t, [B, H, N, J L].
         carry: weight of the state before the chunk at each token, [B, H, N, J L].
         write: weight of each token in the state after the chunk, if no reset is between, [B, H, N, J L].
-        floor: lower bound of the normaliser, exp(-m) itself, [B, H, N, J L].
+        log_floor: lower bound of the normaliser, [B, H, N, J L].
     """
 
     a: Tensor
     M: Tensor
     carry: Tensor
     write: Tensor
-    floor: Tensor
+    log_floor: Tensor
 
 
 # A log weight below LOWEST is none at all. Where M changes by at most NEAR in a chunk, exp(a_s - M_t) is the product of
@@ -89,50 +89,44 @@ def times(x: Tensor, masks: Tensor | None, block: int) -> Tensor:
 
 
 class Weights(NamedTuple):
-    """The gates of one chunk of a group's heads, as its products need them.
+    """The gates of a chunk of a group's heads as its products need them, or of all N chunks, [N, ...].
+
+    Where a chunk is near, M changes by at most `NEAR` in every head; `lift` is exp of how far M is below its last value
+    there, and 1 elsewhere.
 
     Attributes:
-        is_near: whether M changes by at most `NEAR`, in every head.
-        document: of each token, counted from the beginning of the chunk, [rows, J, L], if there are resets.
-        a: see `Gates`, [J, R, L].
-        M: see `Gates`, [J, R, L].
-        floor: see `Gates`, [J, R, L].
-        lift: exp of how far M is below its last value if `is_near`, else 1, [J, R, L].
-        carry: weight of the state before the chunk, [J, R, L, 1]; if near, of the first token's place and the last's M.
-        write: weight in the state after the chunk, if no reset is between, scale included, [J, R, L, 1].
+        a: see `Gates`, [J, rows, heads, L, 1].
+        M: see `Gates`, [J, rows, heads, L, 1].
+        carry: weight of the state before the chunk, over lift, [J, rows, heads, L, 1].
+        write: weight in the state after the chunk, if no reset is between, scale included, [J, rows, heads, L, 1].
+        floor: lower bound of the normaliser, over lift, [J, rows, heads, L, 1].
+        eps: added to the normaliser, over lift, [J, rows, heads, L, 1].
     """
 
-    is_near: bool
-    document: Tensor | None
     a: Tensor
     M: Tensor
-    floor: Tensor
-    lift: Tensor
     carry: Tensor
     write: Tensor
+    floor: Tensor
+    eps: Tensor
 
 
-def weigh(gates: Tensor, group: tuple[slice, slice], K: int) -> tuple[Tensor, list[bool]]:
-    """The numbers of `Weights`, [N, 6, J, R, L], and which chunks are near, of a group.
+def weigh(gates: Tensor, group: tuple[slice, slice], K: int, eps: float) -> tuple[Tensor, list[bool]]:
+    """`Weights` of all chunks of a group, [6, N, J, rows, heads, L, 1], and which chunks are near.
 
     Args:
         gates: see `Gates`, [5, B, H, N, J, L].
         group: rows, and heads of each.
         K: width of a key.
+        eps: added to the normaliser.
     """
-    g = Gates(*gates[(slice(None), *group)].permute(0, 3, 4, 1, 2, 5).flatten(3, 4))  # [N, J, R, L]
-    rise = g.M[:, -1:, :, -1:] - g.M
-    kinds = are_near(g.M[:, 0]) if g.M.shape[1] == 1 else [True] * len(rise)  # chunks of several blocks are
-    for rise_c, near in zip(rise, kinds, strict=True):
+    g = Gates(*gates[(slice(None), *group)].permute(0, 3, 4, 1, 2, 5))  # [N, J, rows, heads, L]
+    drop = g.M - g.M[:, -1:, ..., -1:]  # -log lift
+    kinds = are_near(g.M[:, 0]) if g.M.shape[1] == 1 else [True] * len(drop)  # chunks of several blocks are
+    for drop_c, near in zip(drop, kinds, strict=True):
         if not near:
-            rise_c.zero_()
-    carry, write = weight_of(g.carry - rise), weight_of(g.write).mul_(K**-0.5)
-    return torch.stack([g.a, g.M, g.floor, rise.exp_(), carry, write], 1), kinds
-
-
-def by_chunk(numbers: Tensor, kinds: list[bool], group: tuple[slice, slice], document: Tensor | None) -> list[Weights]:
-    """What `weigh` returns, by chunk; with documents [B, N, J, L] that are counted from each chunk's beginning."""
-    documents = [None] * len(kinds) if document is None else document[group[0]].unbind(1)
-    small = (x.unbind() for x in numbers[:, :4].unbind(1))
-    large = (x.unbind() for x in numbers[:, 4:, ..., None].unbind(1))
-    return [Weights(*chunk) for chunk in zip(kinds, documents, *small, *large, strict=True)]
+            drop_c.zero_()
+    carry, write = weight_of(g.carry + drop), weight_of(g.write).mul_(K**-0.5)
+    bound = HIGHEST[drop.dtype]  # both 1 / floor and floor are to be normal numbers
+    floor = (g.log_floor + drop).clamp_(-bound, bound).exp_()
+    return torch.stack([g.a, g.M, carry, write, floor, drop.exp_().mul_(eps)], 0)[..., None], kinds

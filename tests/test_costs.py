@@ -11,7 +11,7 @@ from inputs import STYLES, tiny_config, tiny_model, tokens
 from tolerances import FLOAT32, assert_same
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_xlstm import XLSTMForCausalLM, ops_mlstm_chunks
+from modeling_xlstm import XLSTMForCausalLM, ops_mlstm_tokens
 from modeling_xlstm.costs_xlstm import flops_per_token, known_peak_flops, measured_peak_flops
 from modeling_xlstm.gates_xlstm import GateStatistics
 from modeling_xlstm.ops_lean import soft_cap
@@ -23,7 +23,7 @@ from modeling_xlstm.states_xlstm import Call
 def test_flops_are_those_that_torch_counts_in_a_forward_pass(
     style: str, T: int, chunk_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops_mlstm_chunks, "MARGIN", 1)  # without the columns that only fill a cache line
+    monkeypatch.setattr(ops_mlstm_tokens, "MARGIN", 1)  # without the columns that only fill a cache line
     # So few tokens that no blocks of block-diagonal maps are laid together, with zeros between them.
     config, B = tiny_config(style, chunk_size=chunk_size, use_bias=style == "neurips"), 1
     model = XLSTMForCausalLM(config)

@@ -14,7 +14,7 @@ from inputs import mlstm_inputs, mlstm_state, outputs_and_gradients
 from tolerances import FLOAT32, assert_identical, assert_same
 from torch import Tensor
 
-from modeling_xlstm import MLSTMState, mlstm, ops_mlstm_chunks, ops_mlstm_weights
+from modeling_xlstm import MLSTMState, mlstm, ops_mlstm_chunks, ops_mlstm_tokens, ops_mlstm_weights
 from modeling_xlstm.ops_mlstm_reference import mlstm_chunkwise, mlstm_parallel, mlstm_recurrent
 from modeling_xlstm.ops_mlstm_torch import mlstm_chunkwise_torch, mlstm_step_torch
 
@@ -59,8 +59,8 @@ def test_what_is_computed_together_never_changes_the_result(
     xs, state = mlstm_inputs(10, B=3), mlstm_state(B=3)
     reset = torch.rand(3, 10) < 0.3 if resets else None
     results = []
-    for size in (ops_mlstm_chunks.GROUP, block):
-        monkeypatch.setattr(ops_mlstm_chunks, "GROUP", size)
+    for size in (ops_mlstm_tokens.GROUP, block):
+        monkeypatch.setattr(ops_mlstm_tokens, "GROUP", size)
         results.append(run(mlstm, xs, state, reset=reset, chunk_size=1))
     assert_same(*results)
 
@@ -85,6 +85,15 @@ def test_a_chunk_whose_weights_are_taken_apart_gives_what_one_with_a_weight_per_
     actual = run(mlstm, xs, state, reset=reset, chunk_size=1)
     assert kinds == expected
     assert_same(actual, run(mlstm_recurrent, xs, state, reset=reset, eps=1e-6, input_gate="exp"))
+
+
+@pytest.mark.parametrize("rise", [30.0, 60.0])  # without and with a weight per pair
+def test_without_eps_nothing_written_under_open_gates_reads_as_zero(rise: float) -> None:
+    """What bounds the normaliser then is exp(-95): no normal number in float32, nor is one divided by it."""
+    q, _, v, i_tilde, f_tilde = (x.detach().float() for x in mlstm_inputs(64, gate_std=0.01))
+    opening = torch.linspace(95.0 - rise, 95.0, 64)[None, :, None]
+    h, _ = mlstm(q, torch.zeros_like(q), v, i_tilde + opening, f_tilde + 20.0, eps=0.0, backend="torch")
+    assert_identical(h, torch.zeros_like(h))
 
 
 @pytest.mark.parametrize("log_f", [-0.3, -0.62, -0.65])
@@ -215,7 +224,7 @@ def test_wide_heads_keep_the_states_before_fewer_chunks(width: int, chunks: int)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         mlstm(*mlstm_inputs(16, K=width, V=width), chunk_size=2)
-    assert [len(x) for x in kept if x.shape[1:] == (2 * 2, width, width + ops_mlstm_chunks.MARGIN)] == [chunks]
+    assert [len(x) for x in kept if x.shape[1:] == (2 * 2, width, width + ops_mlstm_tokens.MARGIN)] == [chunks]
 
 
 def test_autocast_leaves_the_cell_in_float32() -> None:
