@@ -157,13 +157,12 @@ class XLSTMModel(XLSTMPreTrainedModel):
         if sum(x is not None for x in given.values()) != 1:
             raise ValueError(f"Pass exactly one of {', '.join(f'`{name}`' for name in given)}.")
         name, x = next((name, x) for name, x in given.items() if x is not None)
-        readers: dict[str, tuple[nn.Module | None, str]] = {
-            "input_ids": (self.embed_tokens, "vocab_size"),
-            "input_features": (self.frame_proj, "input_size"),
-        }
-        reader, field = readers.get(name, (nn.Identity(), ""))
-        if reader is None:
-            raise ValueError(f"`{name}` cannot be read: this model was made without `{field}`.")
+        reader: nn.Module | None = None
+        if name != "inputs_embeds":
+            is_ids = name == "input_ids"
+            reader, field = (self.embed_tokens, "vocab_size") if is_ids else (self.frame_proj, "input_size")
+            if reader is None:
+                raise ValueError(f"`{name}` cannot be read: this model was made without `{field}`.")
         if name == "input_ids":
             if x.dim() != 2 or x.dtype not in (torch.int64, torch.int32):
                 got = f"shape {tuple(x.shape)} of {x.dtype}"
@@ -173,7 +172,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
             if x.dim() != 3 or x.shape[-1] != width or not x.is_floating_point():
                 got = f"shape {tuple(x.shape)} of {x.dtype}"
                 raise ValueError(f"`{name}` must be [B, T, {width}] and floating point; got {got}.")
-        return reader(x)
+        return x if reader is None else reader(x)
 
     def _open_cache(self, cache: XLSTMCache | None, use_cache: bool | None, B: int) -> XLSTMCache | None:
         """The cache to read and write: the one given, a new one, or None."""

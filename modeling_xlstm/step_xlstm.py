@@ -8,6 +8,7 @@ quantised or sharded weights, subclasses.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import threading
 from collections.abc import Sequence
@@ -56,9 +57,10 @@ class Watch:
         self.attributes = [module.__dict__ for module in every]
         self.hooks = [hooks for own in self.attributes for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"])]
         owners = (owner for own in self.attributes for owner in (own["_modules"], own["_parameters"]))
-        self.places = [(owner, name) for owner in owners for name in owner]
-        self.places += [(own, name) for own in self.attributes for name in ("eps", "offset", "options") if name in own]
-        self.parts = [owner[name] for owner, name in self.places]
+        places = [(owner, name) for owner in owners for name in owner]
+        places += [(own, name) for own in self.attributes for name in ("eps", "offset", "options") if name in own]
+        self.owners, self.names = [owner for owner, _ in places], [name for _, name in places]
+        self.parts = list(map(dict.get, self.owners, self.names))
         self.parameters = [p for p in self.parts if isinstance(p, Tensor)]
         self.addresses = [p.data_ptr() for p in self.parameters]
 
@@ -67,13 +69,15 @@ class Watch:
         every = nn.modules.module
         if every._global_forward_hooks or every._global_forward_pre_hooks or any(self.hooks):
             return False
-        # Comparing lists is quick where their entries are the same objects.
+        # Hundreds of questions before every token: `map` asks them without a line of Python for each, and comparing
+        # lists is quick where their entries are the same objects.
         return (
             self.roots == list(modules)
-            and [module.__class__ for module in self.modules] == self.kinds
-            and all(map(operator.is_, [owner.get(name) for owner, name in self.places], self.parts))
-            and [p.data_ptr() for p in self.parameters] == self.addresses
-            and not any(own["training"] or "forward" in own for own in self.attributes)
+            and list(map(type, self.modules)) == self.kinds
+            and all(map(operator.is_, map(dict.get, self.owners, self.names), self.parts))
+            and list(map(Tensor.data_ptr, self.parameters)) == self.addresses
+            and not any(map(operator.itemgetter("training"), self.attributes))
+            and not any(map(operator.contains, self.attributes, itertools.repeat("forward")))
         )
 
 

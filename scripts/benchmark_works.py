@@ -177,21 +177,21 @@ def neurips_rows(size: Size) -> Iterator[Row]:
         yield f"prefill neurips {T}", Work(makers, "peer", target, None, AGREEMENT[F32], need)
     for B in (1, 8):
         makers = each(neurips(size), decoding, ids(size, B, 16), ids(size, B, DECODED))
-        yield f"decode neurips batch {B}", Work(makers, "peer", 2.0, None, AGREEMENT[F32], need)
-        yield from compiled_rows(f"decode neurips batch {B}", neurips(size), size, B, 16, 2.0, need)
+        work = Work(makers, "peer", 2.0, None, AGREEMENT[F32], need)
+        yield f"decode neurips batch {B}", work
+        yield from compiled_rows(f"decode neurips batch {B}", neurips(size), size, B, 16, work)
 
 
 def compiled_rows(
-    name: str, models: dict[str, Callable[[], Any]], size: Size, B: int, past: int, target: float, need: tuple[str, ...]
+    name: str, models: dict[str, Callable[[], Any]], size: Size, B: int, past: int, work: Work
 ) -> Iterator[Row]:
-    """Decoding by `torch.compile`: ours against peers as they are, and against peers that are compiled, too."""
-    inputs = ids(size, B, past), ids(size, B, DECODED)
-    compiled = each(models, compiled_decoding, *inputs)
-    makers = {**each(models, decoding, *inputs), "ours": compiled["ours"]}
-    yield f"{name}, ours compiled", Work(makers, "peer", target, None, AGREEMENT[F32], need)
+    """Decoding, `work`, by `torch.compile`: ours against peers as they are, and against peers that are compiled too."""
+    compiled = each(models, compiled_decoding, ids(size, B, past), ids(size, B, DECODED))
+    ours = {**work.makers, "ours": compiled["ours"]}
+    yield f"{name}, ours compiled", work._replace(makers=ours, floor=None)
     if B == 1:  # a compiler takes its minutes: the first peer only
         both = dict(itertools.islice(compiled.items(), 2))
-        yield f"{name}, both compiled", Work(both, "peer", None, None, AGREEMENT[F32], need)
+        yield f"{name}, both compiled", work._replace(makers=both, faster=None, floor=None)
 
 
 def op_rows(size: Size) -> Iterator[Row]:
@@ -217,10 +217,7 @@ def large_rows(size: Size) -> Iterator[Row]:
             least = partial(_floor, models["ours"], B)
             work = Work(each(models, decoding, *inputs), "peer", target, None, AGREEMENT[dtype], (), judge, floor=least)
             yield f"decode large batch {B} {name}", work
-            if dtype == F32:
-                yield from compiled_rows(
-                    f"decode large batch {B} {name}", models, size, B, 64 // size.shrink, target, ()
-                )
+            yield from compiled_rows(f"decode large batch {B} {name}", models, size, B, 64 // size.shrink, work)
     makers = each(large(size, "inference"), generating, ids(size, 1, 64 // size.shrink), DECODED)
     yield "generate large batch 1", Work(makers, "peer", None, None, 0.0)
     # The mode "train" takes whole chunks only.
