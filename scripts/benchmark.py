@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,7 @@ def read_contexts(size: Size, rounds: int) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time this package against its peers on the CPU.")
     add = parser.add_argument
-    add("--only", nargs="+", default=[], metavar="WORDS", help="rows whose name contains one of these")
+    add("--only", nargs="+", default=[], metavar="WORDS", help="rows so named, or whose name contains one of these")
     add("--rounds", type=int, default=5, help="least turns of each contestant (default: %(default)s)")
     add("--seconds", type=float, default=5.0, help="short rows take turns for so long (default: %(default)s)")
     add("--threads", type=int, default=2, help="of torch (default: %(default)s)")
@@ -257,6 +258,11 @@ def measure_all(arguments: argparse.Namespace, works: dict[str, Work], size: Siz
     return result
 
 
+def _is_chosen(name: str, names: Container[str], only: list[str]) -> bool:
+    """Whether a row is meant: by its whole name, or by words in it that are no row's whole name."""
+    return any(words == name if words in names else words in name for words in only)
+
+
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
@@ -268,7 +274,7 @@ def main() -> None:
     if arguments.from_json is not None:
         result = json.loads(arguments.from_json.read_text("utf-8"))
     else:
-        chosen = {name: w for name, w in works.items() if any(words in name for words in arguments.only or [""])}
+        chosen = {name: work for name, work in works.items() if _is_chosen(name, works, arguments.only or [""])}
         if not chosen and not any(words in CONTEXTS for words in arguments.only):
             rows = ", ".join([*works, CONTEXTS])
             raise SystemExit(f"benchmark.py: `--only` must name rows; got {arguments.only}. Rows: {rows}.")

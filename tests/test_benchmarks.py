@@ -62,7 +62,7 @@ def test_a_benchmark_of_tiny_models_leaves_json_tables_and_plots(tmp_path: Path)
     (tmp_path / "README.md").write_text("before\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nafter\n", "utf-8")
     files = ("--plots", tmp_path / "plots", "--markdown", tmp_path / "README.md")
     result = benchmark("benchmark.py", tmp_path, "--tiny", "--only", *rows, *files, rounds=1, seconds=0, threads=1)
-    decoding, training, others = result["rows"]
+    decoding, training, others = result["rows"]  # a name in full is one row, though others contain it
     assert {"ours", "llama", "mamba2"} == others["tokens_per_second"].keys()
     assert {"ours", "transformers (inference)", "floor"} <= decoding["milliseconds"].keys()
     assert 0 < decoding["difference"] < 1
