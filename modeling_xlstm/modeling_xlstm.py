@@ -157,13 +157,13 @@ class XLSTMModel(XLSTMPreTrainedModel):
         if sum(x is not None for x in given.values()) != 1:
             raise ValueError(f"Pass exactly one of {', '.join(f'`{name}`' for name in given)}.")
         name, x = next((name, x) for name, x in given.items() if x is not None)
+        is_ids = name == "input_ids"
         reader: nn.Module | None = None
         if name != "inputs_embeds":
-            is_ids = name == "input_ids"
             reader, field = (self.embed_tokens, "vocab_size") if is_ids else (self.frame_proj, "input_size")
             if reader is None:
                 raise ValueError(f"`{name}` cannot be read: this model was made without `{field}`.")
-        if name == "input_ids":
+        if is_ids:
             if x.dim() != 2 or x.dtype not in (torch.int64, torch.int32):
                 got = f"shape {tuple(x.shape)} of {x.dtype}"
                 raise ValueError(f"`input_ids` must be [B, T] integers, int64 or int32; got {got}.")

@@ -54,8 +54,8 @@ class Chunks(torch.autograd.Function):
             room = rooms(chunks[0].v.shape[:-1])
             to_keep = (reads, qn) if saving else ([None] * N, [None] * N)
             made = zip(*to_keep, inverse, outputs.chunks, strict=True)
-            for near, chunk, made_c in zip(kinds, chunks, made, strict=True):
-                _products(near, chunk, room).read_and_write(S, *made_c)
+            for chunk, made_c in zip(chunks, made, strict=True):
+                _products(chunk, room).read_and_write(S, *made_c)
             outputs.put_back()
             kept += [numbers, reads, normalisers] if saving else []
             ctx.kinds.append(kinds)
@@ -83,9 +83,9 @@ class Chunks(torch.autograd.Function):
             inputs, outputs = ([Tokens(x, group, (J, L)) for x in xs] for xs in (dqkv, (h, dh)))
             views = (zip(*(x.chunks for x in xs), strict=True) for xs in (outputs, inputs))
             room = rooms(chunks[0].v.shape[:-1])
-            made = list(zip(kinds, chunks, reads, gradients.by_chunk, *views, strict=True))
-            for near, chunk, *made_c in reversed(made):
-                _products(near, chunk, room).differentiate(dS, *made_c)
+            made = list(zip(chunks, reads, gradients.by_chunk, *views, strict=True))
+            for chunk, *made_c in reversed(made):
+                _products(chunk, room).differentiate(dS, *made_c)
             for x in inputs:
                 x.put_back()
             dgates[(slice(None), *group)] = gradients.of_gates()
@@ -93,30 +93,25 @@ class Chunks(torch.autograd.Function):
         return *dqkv, dgates, *first, None, None
 
 
-class _Operand(NamedTuple):
-    """Tokens of a chunk, [J, rows, heads, L, .], and views that products can read, if there are any."""
-
-    by_row: Tensor
-    views: Blocks | None
-
-
 class _Chunk(NamedTuple):
     """What one chunk of a group's heads is given.
 
     Attributes:
+        is_near: see `_Near`.
         weights: see `Weights`.
         keep: weight of the state before the chunk in the one after it, [R, 1, 1].
         document: see `Chunks`, [rows, J, L].
-        q: [J, rows, heads, L, K].
-        k: [J, rows, heads, L, K].
+        q: what products can read, or [J, rows, heads, L, K] to be copied.
+        k: the same.
         v: [J, rows, heads, L, V].
     """
 
+    is_near: bool
     weights: Weights
     keep: Tensor
     document: Tensor | None
-    q: _Operand
-    k: _Operand
+    q: Blocks | Tensor
+    k: Blocks | Tensor
     v: Tensor
 
 
@@ -126,12 +121,12 @@ def _chunks(
     """The chunks, with the weights of all and documents [B, N, J, L]."""
     (N, J, *_, L, _), dtype = weights.a.shape, weights.a.dtype
     tokens = [Tokens(x, group, (J, L)) for x in qkv]
-    q, k = (map(_Operand, x.chunks, x.blocks(dtype)) for x in tokens[:2])
+    q, k = (x.operands(dtype) for x in tokens[:2])
     firsts, lasts = (weights.carry[:, j, ..., t, :].reshape(N, -1, 1, 1) for j, t in ((0, 0), (-1, -1)))
     keeps = (first if near else last for near, first, last in zip(kinds, firsts, lasts, strict=True))
     documents = [None] * N if document is None else document[group[0]].unbind(1)
     by_chunk = (Weights(*x) for x in zip(*weights, strict=True))
-    return list(map(_Chunk, by_chunk, keeps, documents, q, k, tokens[2].chunks))
+    return list(map(_Chunk, kinds, by_chunk, keeps, documents, q, k, tokens[2].chunks))
 
 
 class _Back(NamedTuple):
@@ -196,14 +191,14 @@ class _Products:
     def __init__(self, chunk: _Chunk, room: Room):
         self.weights, self.keep, self.v, self.room = chunk.weights, chunk.keep, chunk.v, room
         self.masks = Masks() if chunk.document is None else masks_of(chunk.document, self.weights.M.flatten(1, 2))
-        self.q, self.k = self._views("q", chunk.q), self._views("k", chunk.k)
+        self.q, self.k = self._operand("q", chunk.q), self._operand("k", chunk.k)
 
-    def _views(self, name: str, x: _Operand) -> Blocks:
+    def _operand(self, name: str, x: Blocks | Tensor) -> Blocks:
         """What products read, copied if it must be."""
-        if x.views is not None:
-            return x.views
+        if isinstance(x, Blocks):
+            return x
         copy = self.room.tokens(name, self.room.K)
-        copy.by_row.copy_(x.by_row)
+        copy.by_row.copy_(x)
         return copy.blocks
 
     def _pairs(self, name: str, x: Iterable[Tensor], y: Iterable[Tensor]) -> Blocks:
@@ -399,5 +394,5 @@ class _Far(_Products):
             view.copy_(x.by_row)
 
 
-def _products(near: bool, chunk: _Chunk, room: Room) -> _Products:
-    return (_Near if near else _Far)(chunk, room)
+def _products(chunk: _Chunk, room: Room) -> _Products:
+    return (_Near if chunk.is_near else _Far)(chunk, room)

@@ -106,24 +106,26 @@ class Tokens:
             self._copy = F.pad(self._rest, (0, 0, 0, 0, 0, J * L - self._rest.shape[1]))
             parts.append(self._copy)
         self._parts = [part.unflatten(1, (-1, J, L)).permute(1, 2, 0, 4, 3, 5) for part in parts]
-        self.chunks = [chunk for part in self._parts for chunk in part]
+
+    @cached_property
+    def chunks(self) -> list[Tensor]:
+        return [chunk for part in self._parts for chunk in part]
 
     def put_back(self) -> None:
         """What was written into the copy goes where it belongs."""
         if rest := self._rest.shape[1]:
             self._rest.copy_(self._copy[:, :rest])
 
-    def blocks(self, dtype: torch.dtype) -> list[Blocks | None]:
-        """Views by chunk that products can read: of one row, if it has the dtype."""
-        views: list[Blocks | None] = []
+    def operands(self, dtype: torch.dtype) -> list[Blocks] | list[Tensor]:
+        """By chunk, views that products can read: of one row, if it has the dtype. Else `chunks`, to be copied."""
+        if self._rest.dtype is not dtype or len(self._rest) > 1:
+            return self.chunks
+        views: list[Blocks] = []
         for part in self._parts:
-            if part.dtype is dtype and part.shape[2] == 1:
-                wholes, J = part[:, :, 0], part.shape[1]
-                # All at once: in the middle of products a view costs as much as a small operation.
-                each, mT = (x.flatten(0, 1).unbind() for x in (wholes, wholes.mT))
-                views += [Blocks(x, each[c * J :][:J], mT[c * J :][:J]) for c, x in enumerate(wholes)]
-            else:
-                views += [None] * len(part)
+            wholes, J = part[:, :, 0], part.shape[1]
+            # All at once: in the middle of products a view costs as much as a small operation.
+            each, mT = (x.flatten(0, 1).unbind() for x in (wholes, wholes.mT))
+            views += [Blocks(x, each[c * J :][:J], mT[c * J :][:J]) for c, x in enumerate(wholes)]
         return views
 
 

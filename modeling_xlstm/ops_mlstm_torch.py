@@ -39,8 +39,10 @@ def _prepare_gates(
         base = F.pad(b, (1, -1)).masked_fill(~is_reset, 0.0).cummin(-1).values
         highest, decay, cut = a.gather(-1, _of_highest(a, document)), b[..., -1] - base[..., -1], reached[..., -1]
     before, m = _stabilisers(m, highest[..., -1] + b[..., -1], decay, cut, sigmoid_gate)
-    start = before[..., None] if document is None else before[..., None] * reached
-    weight = start if document is None else start - base  # of what was before the document, relative to b
+    start = weight = before[..., None]  # the weight of what was before the document is relative to b
+    if document is not None:
+        start = start * reached
+        weight = start - base
     M = start - b if sigmoid_gate else torch.maximum(highest, weight)
     carry, write = weight - M, a - M[..., -1:]
     if document is not None:
