@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .ops_mlstm_tokens import Blocks, Buffer, Group, Room, Tokens, WideBuffer, groups, joined, separate
-from .ops_mlstm_weights import Masks, Weights, masks_of, times, weigh, weight_of
+from .ops_mlstm_weights import Masks, Weights, masks_of, times, weigh, weight_of_
 
 
 class Chunks(torch.autograd.Function):
@@ -35,25 +35,25 @@ class Chunks(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         gates: Tensor,
-        C: Tensor,
-        n: Tensor,
+        C: Tensor | None,
+        n: Tensor | None,
         document: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, ...]:
-        (*_, K), V, (*_, N, J, L) = q.shape, v.shape[-1], gates.shape
-        h, last = gates.new_empty(v.shape), (torch.empty_like(C), torch.empty_like(n))
+        (B, _, H, K), V, (*_, N, J, L) = q.shape, v.shape[-1], gates.shape
+        h, last = gates.new_empty(v.shape), (gates.new_empty(B, H, K, V), gates.new_empty(B, H, K))
         kept: list[Tensor] = []
         rooms = cache(partial(Room, h, K, V))
-        saving, ctx.shape, ctx.kinds = any(ctx.needs_input_grad), gates.shape, []
+        saving, ctx.shape, ctx.kinds, ctx.has_state = any(ctx.needs_input_grad), gates.shape, [], C is not None
         for group in groups(gates.shape[1:], (K, V)):
-            S, outputs = joined(C[group], n[group]), Tokens(h, group, (J, L))
+            S, outputs = joined(C, n, group, like=last[0]), Tokens(h, group, (J, L))
             reads = S.new_empty(N if saving else 0, *S.shape)
             numbers, kinds = weigh(gates, group, K, eps)
-            qn, inverse = normalisers = torch.empty_like(numbers[:2])
+            qn, normaliser = normalisers = torch.empty_like(numbers[:2])
             chunks = _chunks(group, (q, k, v), Weights(*numbers), kinds, document)
             room = rooms(chunks[0].v.shape[:-1])
             to_keep = (reads, qn) if saving else ([None] * N, [None] * N)
-            made = zip(*to_keep, inverse, outputs.chunks, strict=True)
+            made = zip(*to_keep, normaliser, outputs.chunks, strict=True)
             for chunk, made_c in zip(chunks, made, strict=True):
                 _products(chunk, room).read_and_write(S, *made_c)
             outputs.put_back()
@@ -70,14 +70,12 @@ class Chunks(torch.autograd.Function):
         q, k, v, document, h, *kept = ctx.saved_tensors
         (B, _, H, K), V, (*_, J, L) = q.shape, v.shape[-1], ctx.shape
         dh = torch.zeros_like(h) if dh is None else dh
-        dC = h.new_zeros(B, H, K, V) if dC is None else dC
-        dn = h.new_zeros(B, H, K) if dn is None else dn
-        first = (torch.empty_like(dC), torch.empty_like(dn))
+        first = (h.new_empty(B, H, K, V), h.new_empty(B, H, K))
         dqkv, dgates = [x.new_empty(x.shape) for x in (q, k, v)], h.new_empty(ctx.shape)
         rooms = cache(partial(Room, h, K, V))
         for group, kinds in zip(groups(ctx.shape[1:], (K, V)), ctx.kinds, strict=True):
             numbers, reads, normalisers, *kept = kept
-            dS, weights = joined(dC[group], dn[group]), Weights(*numbers)
+            dS, weights = joined(dC, dn, group, like=first[0]), Weights(*numbers)
             gradients = _Gradients(weights, normalisers, kinds)
             chunks = _chunks(group, (q, k, v), weights, kinds, document)
             inputs, outputs = ([Tokens(x, group, (J, L)) for x in xs] for xs in (dqkv, (h, dh)))
@@ -89,8 +87,9 @@ class Chunks(torch.autograd.Function):
             for x in inputs:
                 x.put_back()
             dgates[(slice(None), *group)] = gradients.of_gates()
-            separate(dS, first[0][group], first[1][group])
-        return *dqkv, dgates, *first, None, None
+            if ctx.has_state:
+                separate(dS, first[0][group], first[1][group])
+        return *dqkv, dgates, *(first if ctx.has_state else (None, None)), None, None
 
 
 class _Chunk(NamedTuple):
@@ -158,12 +157,12 @@ class _Gradients:
 
     Args:
         weights: of all chunks, [N, J, rows, heads, L, 1] each.
-        normalisers: qn and 1 / normaliser, [2, N, J, rows, heads, L, 1].
+        normalisers: qn and normaliser, [2, N, J, rows, heads, L, 1].
         kinds: whether each chunk is near.
     """
 
     def __init__(self, weights: Weights, normalisers: Tensor, kinds: list[bool]):
-        floor, (qn, inverse) = weights.floor, normalisers
+        floor, qn, inverse = weights.floor, normalisers[0], normalisers[1].reciprocal()
         by_floor, near = qn.abs() < floor, torch.tensor(kinds, device=qn.device).view(-1, 1, 1, 1, 1, 1)
         of_n = (qn.sign() * inverse).neg_().masked_fill_(by_floor, 0.0)
         self._of_lift = torch.where(near, of_n * qn + 1.0, 0.0)
@@ -208,22 +207,22 @@ class _Products:
             torch.bmm(x_j, y_j, out=out)
         return pairs
 
-    def read_and_write(self, S: Tensor, read: Tensor | None, qn: Tensor | None, inverse: Tensor, h: Tensor) -> None:
+    def read_and_write(self, S: Tensor, read: Tensor | None, qn: Tensor | None, normaliser: Tensor, h: Tensor) -> None:
         """The forward pass.
 
         Args:
             S: the state before the chunk; the one after it is written over that.
             read: where S is written as the first block reads it, [R, K, V + MARGIN], if anybody asks.
             qn: where q n is written, [J, rows, heads, L, 1], if anybody asks.
-            inverse: where 1 / normaliser is written, [J, rows, heads, L, 1].
+            normaliser: where it is written, [J, rows, heads, L, 1].
             h: where the outputs are written, [J, rows, heads, L, V].
         """
         numerator = self.room.wide("numerator")
         self._step(S, read, numerator.blocks.each)
         if qn is not None:
             qn.copy_(numerator.n)
-        torch.abs(numerator.n, out=inverse).clamp_(min=self.weights.floor).add_(self.weights.eps).reciprocal_()
-        torch.mul(numerator.v, inverse, out=h)
+        torch.abs(numerator.n, out=normaliser).clamp_(min=self.weights.floor).add_(self.weights.eps)
+        torch.div(numerator.v, normaliser, out=h)
 
     def differentiate(
         self, dS: Tensor, read: Tensor, back: _Back, outputs: tuple[Tensor, Tensor], dqkv: tuple[Tensor, ...]
@@ -261,7 +260,7 @@ class _Products:
 
     def _keep_gradient(self, read: Tensor, dS: Tensor) -> Tensor:
         """Of log keep, of what it has made of the state and of the gradient it gets, [R]."""
-        return torch.mul(read, dS, out=self.room.states.each[0]).sum((1, 2))
+        return torch.mul(read, dS, out=self.room.state).flatten(1).sum(1)
 
 
 class _Near(_Products):
@@ -306,14 +305,6 @@ class _Near(_Products):
             torch.bmm(self.reader.each[j], S, out=numerator[j]).baddbmm_(P.each[j], values)
             times(S, self.masks.stays, j).baddbmm_(self.writer.mT[j], values)
 
-    def _reads(self, read: Tensor) -> list[Tensor]:
-        """The state that each block reads, of that which the first one reads."""
-        reads, stays = [read], self.masks.stays
-        for j, S in enumerate(self.room.states.each[: len(self.v) - 1]):
-            before = reads[-1] if stays is None else torch.mul(reads[-1], stays[j], out=S)
-            reads.append(torch.baddbmm(before, self.writer.mT[j], self.values.each[j], out=S))
-        return reads
-
     def _step_back(
         self, dS: Tensor, read: Tensor, dnumerator: WideBuffer, back: _Back, dqkv: tuple[Tensor, ...]
     ) -> None:
@@ -321,12 +312,16 @@ class _Near(_Products):
         made = [self._gradient(x) for x in "qkv"]
         dq, dk, dv = (x.blocks for x in made)
         P, dP = self._seen("P", self.q.each, self.k.mT), self._seen("dP", dnum, values.mT)
-        dC, dST = dS[..., : self.room.V], dS.mT
-        for j, S in reversed(list(enumerate(self._reads(read)))):
+        S, dC = self.room.state.copy_(read), dS[..., : self.room.V]
+        ST, dST = S.mT, dS.mT
+        for j, dnum_j in enumerate(dnum):
+            times(torch.bmm(dnum_j, ST, out=dq.each[j]), masks.reads, j).baddbmm_(dP.each[j], self.k.each[j])
+            if j + 1 < len(dnum):
+                times(S, masks.stays, j).baddbmm_(self.writer.mT[j], values.each[j])
+        for j, dnum_j in reversed(list(enumerate(dnum))):
             torch.bmm(self.writer.each[j], dC, out=dv.each[j]).baddbmm_(P.mT[j], dnumerator.v_by_block[j])
             times(torch.bmm(values.each[j], dST, out=dk.each[j]), masks.writes, j).baddbmm_(dP.mT[j], self.q.each[j])
-            times(torch.bmm(dnum[j], S.mT, out=dq.each[j]), masks.reads, j).baddbmm_(dP.each[j], self.k.each[j])
-            times(dS, masks.stays, j).baddbmm_(self.reader.mT[j], dnum[j])
+            times(dS, masks.stays, j).baddbmm_(self.reader.mT[j], dnum_j)
         back.keep.copy_(self._keep_gradient(read, dS))
         dS.mul_(self.keep)
         dqkv[0].copy_(made[0].by_row)
@@ -350,7 +345,7 @@ class _Far(_Products):
     def _weights(self) -> Tensor:
         """exp(a_s - M_t) where t sees s, scale included, [R, L, L]."""
         a, M = (x[0].flatten(0, 1) for x in (self.weights.a, self.weights.M))
-        weights = weight_of(a.mT - M)
+        weights = weight_of_(a.mT - M)
         seen = weights.tril_() if self.masks.seen is None else weights.mul_(self.masks.seen[0])
         return seen.mul_(self.q.whole.shape[-1] ** -0.5)
 

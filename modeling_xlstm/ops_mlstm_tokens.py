@@ -35,11 +35,15 @@ def _cut(size: int, most: int) -> list[slice]:
     return [slice(*edge) for edge in itertools.pairwise(edges)]
 
 
-def joined(C: Tensor, n: Tensor) -> Tensor:
-    """C [rows, heads, K, V] and n [rows, heads, K] -> S [R, K, V + MARGIN]."""
-    S = F.pad(C.flatten(0, 1), (0, MARGIN))
-    S[..., C.shape[-1]] = n.flatten(0, 1)
-    return S
+def joined(C: Tensor | None, n: Tensor | None, group: Group, like: Tensor) -> Tensor:
+    """A group's S [R, K, V + MARGIN] of C [B, H, K, V] and n [B, H, K]; None are zeros, and C is like another."""
+    *heads, K, V = like[group].shape
+    S = like.new_zeros(*heads, K, V + MARGIN)
+    if C is not None:
+        S[..., :V] = C[group]
+    if n is not None:
+        S[..., V] = n[group]
+    return S.flatten(0, 1)
 
 
 def separate(S: Tensor, C: Tensor, n: Tensor) -> None:
@@ -151,7 +155,7 @@ class Room:
         return self._wide[name]
 
     @cached_property
-    def states(self) -> Blocks:
-        """One for each block but the first, and one at least, [., R, K, V + MARGIN]."""
-        J, *heads, _ = self.shape
-        return Buffer(self._like.new_empty(max(1, J - 1), *heads, self.K, self.V + MARGIN)).blocks
+    def state(self) -> Tensor:
+        """[R, K, V + MARGIN]."""
+        _, rows, heads, _ = self.shape
+        return self._like.new_empty(rows * heads, self.K, self.V + MARGIN)

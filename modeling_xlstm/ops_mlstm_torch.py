@@ -145,7 +145,7 @@ def mlstm_chunkwise_torch(
     (B, T, H, K), V = q.shape, v.shape[-1]
     dtype = compute_dtype(v, state)
     i_tilde, f_tilde = i_tilde.to(dtype), f_tilde.to(dtype)
-    C, n, m = MLSTMState.zeros(B, H, K, V, like=i_tilde) if state is None else (x.to(dtype) for x in state)
+    C, n, m = (None, None, i_tilde.new_zeros(B, H)) if state is None else (x.to(dtype) for x in state)
     gates, sigmoid_gate = log_gates(i_tilde, f_tilde, input_gate), input_gate == "sigmoid"
     block = chunk_size
     # Of wide heads the states between short chunks would take more memory and time than the scores in longer ones.

@@ -47,13 +47,13 @@ def are_near(M: Tensor) -> list[bool]:
     return ((M[..., -1:] - M).abs() <= NEAR[M.dtype]).flatten(1).all(1).tolist()
 
 
-def weight_of(x: Tensor) -> Tensor:
+def weight_of_(x: Tensor) -> Tensor:
     """What a log weight says, but 0 below `LOWEST`.
 
     Products of numbers that are too small to be normal take a hundred times as long, and so does exp of infinities.
     """
     lowest = LOWEST[x.dtype]
-    x = x.clamp(lowest, HIGHEST[x.dtype]).exp_()  # only what is masked afterwards may be above
+    x.clamp_(lowest, HIGHEST[x.dtype]).exp_()  # only what is masked afterwards may be above
     return F.threshold(x, math.exp(lowest + 0.1), 0.0, inplace=True)
 
 
@@ -126,7 +126,12 @@ def weigh(gates: Tensor, group: tuple[slice, slice], K: int, eps: float) -> tupl
     for drop_c, near in zip(drop, kinds, strict=True):
         if not near:
             drop_c.zero_()
-    carry, write = weight_of(g.carry + drop), weight_of(g.write).mul_(K**-0.5)
+    numbers = torch.stack([g.a, g.M, g.carry + drop, g.write, g.log_floor + drop, drop])
+    made = Weights(*numbers)
+    weight_of_(numbers[2:4])
+    made.write.mul_(K**-0.5)
     bound = HIGHEST[drop.dtype]  # both 1 / floor and floor are to be normal numbers
-    floor = (g.log_floor + drop).clamp_(-bound, bound).exp_()
-    return torch.stack([g.a, g.M, carry, write, floor, drop.exp_().mul_(eps)], 0)[..., None], kinds
+    made.floor.clamp_(-bound, bound)
+    numbers[4:].exp_()
+    made.eps.mul_(eps)
+    return numbers[..., None], kinds
