@@ -20,7 +20,7 @@ from .ops_half import bmm, multiply
 from .ops_lean import project, rms_norm
 from .ops_mlstm import mlstm, mlstm_step_
 from .ops_slstm import slstm
-from .states_xlstm import Call, CellInputs, LayerState, MLSTMState, SLSTMState
+from .states_xlstm import Call, CellInputs, LayerState, MLSTMState, SLSTMState, compute_dtype
 
 
 class RMSNorm(nn.Module):
@@ -241,9 +241,11 @@ def run_mlstm(
     """The mLSTM cell and its convolution's window over q, k, v, i_tilde, f_tilde, convolution inputs and resets."""
     q, k, v, i_tilde, f_tilde, x, reset = inputs
     B, _, H, K = q.shape
-    cell = MLSTMState.zeros(B, H, K, v.shape[-1], options.scalar(q)) if state is None else cast(MLSTMState, state.cell)
+    cell, like = None if state is None else cast(MLSTMState, state.cell), options.scalar(q)
+    if cell is None and like.dtype is not compute_dtype(v, None):  # wider than the op's own start, which costs nothing
+        cell = MLSTMState.zeros(B, H, K, v.shape[-1], like)
     common: Any = {name: getattr(options, name) for name in ("eps", "input_gate", "gate_soft_cap", "backend")}
-    if options.donated and lengths is None and reset is None and q.shape[1] == 1:
+    if options.donated and cell is not None and lengths is None and reset is None and q.shape[1] == 1:
         h, cell = mlstm_step_(q, k, v, i_tilde, f_tilde, cell, **common)
     else:
         common |= {"lengths": lengths, "reset": reset, "chunk_size": options.chunk_size}

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .ops_mlstm_tokens import Blocks, Buffer, Group, Room, Tokens, WideBuffer, groups, joined, separate
-from .ops_mlstm_weights import Masks, Weights, masks_of, times, weigh, weight_of_
+from .ops_mlstm_tokens import Blocks, Buffer, Group, Room, Sum, Tokens, WideBuffer, groups, joined, separate
+from .ops_mlstm_weights import Masks, Weights, masks_of, weigh, weight_of_
 
 
 class Chunks(torch.autograd.Function):
@@ -47,12 +47,12 @@ class Chunks(torch.autograd.Function):
         saving, ctx.shape, ctx.kinds, ctx.has_state = any(ctx.needs_input_grad), gates.shape, [], C is not None
         for group in groups(gates.shape[1:], (K, V)):
             S, outputs = joined(C, n, group, like=last[0]), Tokens(h, group, (J, L))
-            reads = S.new_empty(N if saving else 0, *S.shape)
+            reads = h.new_empty(N - S.is_zero if saving else 0, *S.numbers.shape)
             numbers, kinds = weigh(gates, group, K, eps)
             qn, normaliser = normalisers = torch.empty_like(numbers[:2])
             chunks = _chunks(group, (q, k, v), Weights(*numbers), kinds, document)
             room = rooms(chunks[0].v.shape[:-1])
-            to_keep = (reads, qn) if saving else ([None] * N, [None] * N)
+            to_keep = (_by_chunk(reads, N), qn) if saving else ([None] * N, [None] * N)
             made = zip(*to_keep, normaliser, outputs.chunks, strict=True)
             for chunk, made_c in zip(chunks, made, strict=True):
                 _products(chunk, room).read_and_write(S, *made_c)
@@ -81,7 +81,7 @@ class Chunks(torch.autograd.Function):
             inputs, outputs = ([Tokens(x, group, (J, L)) for x in xs] for xs in (dqkv, (h, dh)))
             views = (zip(*(x.chunks for x in xs), strict=True) for xs in (outputs, inputs))
             room = rooms(chunks[0].v.shape[:-1])
-            made = list(zip(chunks, reads, gradients.by_chunk, *views, strict=True))
+            made = list(zip(chunks, _by_chunk(reads, len(chunks)), gradients.by_chunk, *views, strict=True))
             for chunk, *made_c in reversed(made):
                 _products(chunk, room).differentiate(dS, *made_c)
             for x in inputs:
@@ -90,6 +90,11 @@ class Chunks(torch.autograd.Function):
             if ctx.has_state:
                 separate(dS, first[0][group], first[1][group])
         return *dqkv, dgates, *(first if ctx.has_state else (None, None)), None, None
+
+
+def _by_chunk(reads: Tensor, N: int) -> list[Tensor | None]:
+    """The state that each of N chunks reads: the first one's is None if it is zero."""
+    return [*[None] * (N - len(reads)), *reads]
 
 
 class _Chunk(NamedTuple):
@@ -207,7 +212,7 @@ class _Products:
             torch.bmm(x_j, y_j, out=out)
         return pairs
 
-    def read_and_write(self, S: Tensor, read: Tensor | None, qn: Tensor | None, normaliser: Tensor, h: Tensor) -> None:
+    def read_and_write(self, S: Sum, read: Tensor | None, qn: Tensor | None, normaliser: Tensor, h: Tensor) -> None:
         """The forward pass.
 
         Args:
@@ -225,13 +230,13 @@ class _Products:
         torch.div(numerator.v, normaliser, out=h)
 
     def differentiate(
-        self, dS: Tensor, read: Tensor, back: _Back, outputs: tuple[Tensor, Tensor], dqkv: tuple[Tensor, ...]
+        self, dS: Sum, read: Tensor | None, back: _Back, outputs: tuple[Tensor, Tensor], dqkv: tuple[Tensor, ...]
     ) -> None:
         """The backward pass.
 
         Args:
             dS: gradient of the state after the chunk; of the one before it is written over that.
-            read: see `read_and_write`.
+            read: see `read_and_write`; None is zero.
             back: see `_Back`.
             outputs: h and its gradient, [J, rows, heads, L, V].
             dqkv: where the gradients of q, k, v are written, [J, rows, heads, L, .].
@@ -244,12 +249,12 @@ class _Products:
         torch.mul(back.along, back.of_n, out=dnumerator.n)
         self._step_back(dS, read, dnumerator, back, dqkv)
 
-    def _step(self, S: Tensor, read: Tensor | None, numerator: tuple[Tensor, ...]) -> None:
+    def _step(self, S: Sum, read: Tensor | None, numerator: tuple[Tensor, ...]) -> None:
         """Read S into the numerators, by block, and turn it into the state after the chunk."""
         raise NotImplementedError
 
     def _step_back(
-        self, dS: Tensor, read: Tensor, dnumerator: WideBuffer, back: _Back, dqkv: tuple[Tensor, ...]
+        self, dS: Sum, read: Tensor | None, dnumerator: WideBuffer, back: _Back, dqkv: tuple[Tensor, ...]
     ) -> None:
         """Make the gradients of all that `_step` read, that of the state after the chunk into the one before."""
         raise NotImplementedError
@@ -258,9 +263,10 @@ class _Products:
         """A buffer for that of q, k or v."""
         return self.room.tokens("d" + x, self.room.V if x == "v" else self.room.K)
 
-    def _keep_gradient(self, read: Tensor, dS: Tensor) -> Tensor:
-        """Of log keep, of what it has made of the state and of the gradient it gets, [R]."""
-        return torch.mul(read, dS, out=self.room.state).flatten(1).sum(1)
+    def _add_keep_gradient(self, dkeep: Tensor, read: Tensor | None, dS: Sum) -> None:
+        """Of log keep, [R], of what it has made of the state and of the gradient it gets."""
+        if read is not None and not dS.is_zero:
+            dkeep += torch.mul(read, dS.numbers, out=self.room.state).flatten(1).sum(1)
 
 
 class _Near(_Products):
@@ -296,34 +302,35 @@ class _Near(_Products):
             pairs.whole.mul_(seen)
         return pairs
 
-    def _step(self, S: Tensor, read: Tensor | None, numerator: tuple[Tensor, ...]) -> None:
-        S.mul_(self.keep)
+    def _step(self, S: Sum, read: Tensor | None, numerator: tuple[Tensor, ...]) -> None:
+        S.times(self.keep)
         if read is not None:
-            read.copy_(S)
+            read.copy_(S.numbers)
         P = self._seen("P", self.q.each, self.k.mT)
         for j, values in enumerate(self.values.each):
-            torch.bmm(self.reader.each[j], S, out=numerator[j]).baddbmm_(P.each[j], values)
-            times(S, self.masks.stays, j).baddbmm_(self.writer.mT[j], values)
+            Sum(numerator[j]).add(self.reader.each[j], S).add(P.each[j], values)
+            S.times(self.masks.stays, j).add(self.writer.mT[j], values)
 
     def _step_back(
-        self, dS: Tensor, read: Tensor, dnumerator: WideBuffer, back: _Back, dqkv: tuple[Tensor, ...]
+        self, dS: Sum, read: Tensor | None, dnumerator: WideBuffer, back: _Back, dqkv: tuple[Tensor, ...]
     ) -> None:
         masks, dnum, values = self.masks, dnumerator.blocks.each, self.values
         made = [self._gradient(x) for x in "qkv"]
         dq, dk, dv = (x.blocks for x in made)
         P, dP = self._seen("P", self.q.each, self.k.mT), self._seen("dP", dnum, values.mT)
-        S, dC = self.room.state.copy_(read), dS[..., : self.room.V]
-        ST, dST = S.mT, dS.mT
+        S = Sum(self.room.state) if read is None else Sum(self.room.state.copy_(read), is_zero=False)
         for j, dnum_j in enumerate(dnum):
-            times(torch.bmm(dnum_j, ST, out=dq.each[j]), masks.reads, j).baddbmm_(dP.each[j], self.k.each[j])
+            Sum(dq.each[j]).add(dnum_j, S.mT).times(masks.reads, j).add(dP.each[j], self.k.each[j])
             if j + 1 < len(dnum):
-                times(S, masks.stays, j).baddbmm_(self.writer.mT[j], values.each[j])
+                S.times(masks.stays, j).add(self.writer.mT[j], values.each[j])
+        dC = dS.numbers[..., : self.room.V]
         for j, dnum_j in reversed(list(enumerate(dnum))):
-            torch.bmm(self.writer.each[j], dC, out=dv.each[j]).baddbmm_(P.mT[j], dnumerator.v_by_block[j])
-            times(torch.bmm(values.each[j], dST, out=dk.each[j]), masks.writes, j).baddbmm_(dP.mT[j], self.q.each[j])
-            times(dS, masks.stays, j).baddbmm_(self.reader.mT[j], dnum_j)
-        back.keep.copy_(self._keep_gradient(read, dS))
-        dS.mul_(self.keep)
+            Sum(dv.each[j]).add(self.writer.each[j], Sum(dC, dS.is_zero)).add(P.mT[j], dnumerator.v_by_block[j])
+            Sum(dk.each[j]).add(values.each[j], dS.mT).times(masks.writes, j).add(dP.mT[j], self.q.each[j])
+            if j > 0 or read is not None:
+                dS.times(masks.stays, j).add(self.reader.mT[j], dnum_j)
+        self._add_keep_gradient(back.keep, read, dS)
+        dS.times(self.keep)
         dqkv[0].copy_(made[0].by_row)
         dqkv[1].copy_(made[1].by_row)
         torch.mul(made[2].by_row, self.weights.write, out=dqkv[2])
@@ -340,7 +347,8 @@ class _Far(_Products):
         values.v.copy_(self.v)
         values.n.fill_(1.0)
         self.values, self.kw = values.blocks, self.room.tokens("kw", self.room.K).blocks
-        times(torch.mul(self.k.each[0], self.write, out=self.kw.each[0]), self.masks.writes, 0)
+        kw = torch.mul(self.k.each[0], self.write, out=self.kw.each[0])
+        Sum(kw, is_zero=False).times(self.masks.writes, 0)
 
     def _weights(self) -> Tensor:
         """exp(a_s - M_t) where t sees s, scale included, [R, L, L]."""
@@ -353,16 +361,16 @@ class _Far(_Products):
         """q as it reads S."""
         return torch.mul(self.q.each[0], self.carry, out=self.room.tokens("reader", self.room.K).blocks.each[0])
 
-    def _step(self, S: Tensor, read: Tensor | None, numerator: tuple[Tensor, ...]) -> None:
+    def _step(self, S: Sum, read: Tensor | None, numerator: tuple[Tensor, ...]) -> None:
         if read is not None:
-            read.copy_(S)
+            read.copy_(S.numbers)
         (P,) = self._pairs("P", self.q.each, self.k.mT).each
         (values,), (kwT,) = self.values.each, self.kw.mT
-        torch.bmm(self._reader(), S, out=numerator[0]).baddbmm_(P.mul_(self._weights()), values)
-        S.mul_(self.keep).baddbmm_(kwT, values)
+        Sum(numerator[0]).add(self._reader(), S).add(P.mul_(self._weights()), values)
+        S.times(self.keep).add(kwT, values)
 
     def _step_back(
-        self, dS: Tensor, read: Tensor, dnumerator: WideBuffer, back: _Back, dqkv: tuple[Tensor, ...]
+        self, dS: Sum, read: Tensor | None, dnumerator: WideBuffer, back: _Back, dqkv: tuple[Tensor, ...]
     ) -> None:
         made, blocks = [self._gradient(x) for x in "qkv"], (self.q, self.k, self.kw, self.values, dnumerator.blocks)
         (q, k, kw, values, dnum), (dq, dk, dv) = (x.each[0] for x in blocks), (x.blocks.each[0] for x in made)
@@ -371,20 +379,24 @@ class _Far(_Products):
         (P,) = self._pairs("P", self.q.each, self.k.mT).each
         (dP,) = self._pairs("dP", (dnum,), self.values.mT).each
         P.mul_(weights)
-        torch.bmm(kw, dS[..., : self.room.V], out=dv).baddbmm_(P.mT, dnumerator.v_by_block[0])
+        Sum(dv).add(kw, Sum(dS.numbers[..., : self.room.V], dS.is_zero)).add(P.mT, dnumerator.v_by_block[0])
         dlog = P.mul_(dP)
         torch.sum(dlog.mT, -1, keepdim=True, out=da)
         torch.sum(dlog, -1, keepdim=True, out=dM).neg_()
         dscores = dP.mul_(weights)
-        torch.bmm(dnum, read.mT, out=dq)  # of the reader
-        torch.sum(torch.mul(reader, dq, out=dk), -1, keepdim=True, out=dcarry)
-        dq.mul_(self.carry).baddbmm_(dscores, k)
-        times(torch.bmm(values, dS.mT, out=dk), self.masks.writes, 0)  # of kw
-        dS.mul_(self.keep)
-        dcarry[:, -1, 0] += self._keep_gradient(read, dS)
-        dS.baddbmm_(reader.mT, dnum)
-        torch.sum(torch.mul(dk, kw, out=kw), -1, keepdim=True, out=dwrite)
-        dk.mul_(self.write).baddbmm_(dscores.mT, q)
+        of_q, of_k = Sum(dq), Sum(dk)
+        if read is not None:
+            of_q.add(dnum, read.mT)  # of the reader
+            torch.sum(torch.mul(reader, dq, out=dk), -1, keepdim=True, out=dcarry)
+        of_q.times(self.carry).add(dscores, k)
+        if not dS.is_zero:
+            of_k.add(values, dS.mT).times(self.masks.writes, 0)  # of kw
+            torch.sum(torch.mul(dk, kw, out=kw), -1, keepdim=True, out=dwrite)
+        of_k.times(self.write).add(dscores.mT, q)
+        dS.times(self.keep)
+        self._add_keep_gradient(dcarry[:, -1, 0], read, dS)
+        if read is not None:
+            dS.add(reader.mT, dnum)
         for x, view in zip(made, dqkv, strict=True):
             view.copy_(x.by_row)
 

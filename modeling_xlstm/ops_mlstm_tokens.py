@@ -35,21 +35,66 @@ def _cut(size: int, most: int) -> list[slice]:
     return [slice(*edge) for edge in itertools.pairwise(edges)]
 
 
-def joined(C: Tensor | None, n: Tensor | None, group: Group, like: Tensor) -> Tensor:
+class Sum:
+    """A tensor that products are added to, in place.
+
+    Attributes:
+        numbers: the tensor; they mean nothing as long as the sum is zero.
+        is_zero: whether nothing has been added, so that nothing need be read.
+    """
+
+    def __init__(self, numbers: Tensor, is_zero: bool = True):
+        self.numbers, self.is_zero = numbers, is_zero
+
+    def add(self, x: Tensor, y: Tensor | Sum) -> Sum:
+        """Add x y, all [R, ., .]."""
+        if isinstance(y, Sum):
+            return self if y.is_zero else self.add(x, y.numbers)
+        if self.is_zero:
+            torch.bmm(x, y, out=self.numbers)
+        else:
+            self.numbers.baddbmm_(x, y)
+        self.is_zero = False
+        return self
+
+    def times(self, weights: Tensor | None, block: int | None = None) -> Sum:
+        """Weigh what has been added, if there are weights: by all, or by those of a block."""
+        if weights is not None and not self.is_zero:
+            self.numbers.mul_(weights if block is None else weights[block])
+        return self
+
+    def filled(self) -> Tensor:
+        """The numbers, zeros if that is what they mean."""
+        return self.numbers.zero_() if self.is_zero else self.numbers
+
+    @property
+    def mT(self) -> Sum:
+        return Sum(self._mT, self.is_zero)
+
+    @cached_property
+    def _mT(self) -> Tensor:
+        return self.numbers.mT
+
+
+def joined(C: Tensor | None, n: Tensor | None, group: Group, like: Tensor) -> Sum:
     """A group's S [R, K, V + MARGIN] of C [B, H, K, V] and n [B, H, K]; None are zeros, and C is like another."""
     *heads, K, V = like[group].shape
-    S = like.new_zeros(*heads, K, V + MARGIN)
+    S = like.new_empty(*heads, K, V + MARGIN)
+    if C is None and n is None:
+        return Sum(S.flatten(0, 1))
+    S.zero_()
     if C is not None:
         S[..., :V] = C[group]
     if n is not None:
         S[..., V] = n[group]
-    return S.flatten(0, 1)
+    return Sum(S.flatten(0, 1), is_zero=False)
 
 
-def separate(S: Tensor, C: Tensor, n: Tensor) -> None:
+def separate(S: Sum, C: Tensor, n: Tensor) -> None:
     """Write S into views of C and n; see `joined`."""
-    C.copy_(S[..., : C.shape[-1]].view(C.shape))
-    n.copy_(S[..., C.shape[-1]].view(n.shape))
+    numbers, V = S.filled(), C.shape[-1]
+    C.copy_(numbers[..., :V].view(C.shape))
+    n.copy_(numbers[..., V].view(n.shape))
 
 
 class Blocks(NamedTuple):

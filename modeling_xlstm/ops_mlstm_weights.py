@@ -83,11 +83,6 @@ def masks_of(document: Tensor, like: Tensor) -> Masks:
     return Masks(seen, *(x.to(like.dtype) for x in rest))
 
 
-def times(x: Tensor, masks: Tensor | None, block: int) -> Tensor:
-    """A block x where its mask is 1, in place."""
-    return x if masks is None else x.mul_(masks[block])
-
-
 class Weights(NamedTuple):
     """The gates of a chunk of a group's heads as its products need them, or of all N chunks, [N, ...].
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import mlstm_inputs, mlstm_state, outputs_and_gradients
+from inputs import PRODUCTS, mlstm_inputs, mlstm_state, outputs_and_gradients
 from tolerances import FLOAT32, assert_identical, assert_same
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_xlstm import MLSTMState, mlstm, ops_mlstm_chunks, ops_mlstm_tokens, ops_mlstm_weights
 from modeling_xlstm.ops_mlstm_reference import mlstm_chunkwise, mlstm_parallel, mlstm_recurrent
@@ -23,20 +24,32 @@ GATES = BOUNDED_GATES | st.just("exp_both")
 LENGTH = st.integers(1, 20)
 CHUNK = st.sampled_from([1, 2, 3, 7, 16, 64])
 EPS = st.sampled_from([1e-6, 0.05])
+SEEN = [slice(None), slice(1), slice(1, None), slice(2, 3)]  # by a loss: of h, C, n, m
 
 
-def run(worker: Any, xs: list[Tensor], state: MLSTMState | None, **options: Any) -> tuple[Any, ...]:
+def run(
+    worker: Any, xs: list[Tensor], state: MLSTMState | None, seen: slice = slice(None), **options: Any
+) -> tuple[Any, ...]:
     h, after = worker(*xs, state, **options)
-    return outputs_and_gradients(h, after, [*xs, *(state or ())])
+    return outputs_and_gradients(h, after, [*xs, *(state or ())], seen)
 
 
 @pytest.mark.parametrize("form", ["parallel", "chunkwise", "torch"])
-@given(T=LENGTH, chunk_size=CHUNK, input_gate=GATES, eps=EPS, fresh=st.booleans(), resets=st.booleans())
+@given(
+    T=LENGTH,
+    chunk_size=CHUNK,
+    input_gate=GATES,
+    eps=EPS,
+    fresh=st.booleans(),
+    resets=st.booleans(),
+    seen=st.sampled_from(SEEN),
+)
 def test_every_form_equals_the_recurrent_one_with_states_and_all_gradients(
-    form: str, T: int, chunk_size: int, input_gate: str, eps: float, fresh: bool, resets: bool
+    form: str, T: int, chunk_size: int, input_gate: str, eps: float, fresh: bool, resets: bool, seen: slice
 ) -> None:
     xs, state = mlstm_inputs(T), None if fresh else mlstm_state()
     options: dict[str, Any] = {
+        "seen": seen,
         "reset": torch.rand(2, T) < 0.2 if resets and input_gate != "exp_both" else None,
         "eps": eps,
         "input_gate": input_gate,
@@ -66,11 +79,13 @@ def test_what_is_computed_together_never_changes_the_result(
 
 
 @pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize(("rise", "expected"), [(-1.0, {False}), (4.0, {False, True}), (500.0, {True})])
 def test_a_chunk_whose_weights_are_taken_apart_gives_what_one_with_a_weight_per_pair_gives(
-    rise: float, expected: set[bool], resets: bool, monkeypatch: pytest.MonkeyPatch
+    rise: float, expected: set[bool], seen: slice, fresh: bool, resets: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    xs, state = mlstm_inputs(24, gate_std=1.0), mlstm_state()
+    xs, state = mlstm_inputs(24, gate_std=1.0), None if fresh else mlstm_state()
     reset = torch.rand(2, 24) < 0.15 if resets else None
     kinds = set()
     weigh = ops_mlstm_weights.weigh
@@ -82,9 +97,9 @@ def test_a_chunk_whose_weights_are_taken_apart_gives_what_one_with_a_weight_per_
 
     monkeypatch.setattr(ops_mlstm_chunks, "weigh", note)
     monkeypatch.setitem(ops_mlstm_weights.NEAR, torch.float64, rise)
-    actual = run(mlstm, xs, state, reset=reset, chunk_size=1)
+    actual = run(mlstm, xs, state, seen, reset=reset, chunk_size=1)
     assert kinds == expected
-    assert_same(actual, run(mlstm_recurrent, xs, state, reset=reset, eps=1e-6, input_gate="exp"))
+    assert_same(actual, run(mlstm_recurrent, xs, state, seen, reset=reset, eps=1e-6, input_gate="exp"))
 
 
 @pytest.mark.parametrize("rise", [30.0, 60.0])  # without and with a weight per pair
@@ -222,9 +237,31 @@ def test_half_precision_is_kept_for_the_backward_pass_and_computed_with_in_float
 @pytest.mark.parametrize(("width", "chunks"), [(8, 2), (16, 2), (32, 1)])
 def test_wide_heads_keep_the_states_before_fewer_chunks(width: int, chunks: int) -> None:
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        mlstm(*mlstm_inputs(16, K=width, V=width), chunk_size=2)
-    assert [len(x) for x in kept if x.shape[1:] == (2 * 2, width, width + ops_mlstm_tokens.MARGIN)] == [chunks]
+    xs = mlstm_inputs(16, K=width, V=width)
+    for state in (mlstm_state(K=width, V=width), None):  # zeros at the start are not kept
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            mlstm(*xs, state, chunk_size=2)
+        found = [len(x) for x in kept if x.shape[1:] == (2 * 2, width, width + ops_mlstm_tokens.MARGIN)]
+        assert found == [chunks if state else chunks - 1]
+
+
+@pytest.mark.parametrize("rise", [None, -1.0])
+def test_no_product_is_made_with_zeros_at_the_start_or_of_a_gradient_that_nobody_gives(
+    rise: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rise is not None:  # each token has a weight for each other
+        monkeypatch.setitem(ops_mlstm_weights.NEAR, torch.float64, rise)
+    B, T, H, K, V = 2, 4, 2, 4, 8
+    with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
+        h, _ = mlstm(*mlstm_inputs(T, K=K, V=V), chunk_size=T)
+        forward = counter.get_total_flops()
+        h.sum().backward()
+    wide = V + ops_mlstm_tokens.MARGIN
+    scores, values, state = 2 * T * T * K, 2 * T * T * wide, 2 * T * K * wide
+    assert forward == B * H * (scores + values + state)
+    # Scores and the state are not made again where no later block reads them.
+    assert counter.get_total_flops() - forward == B * H * (scores + values + 2 * T * T * (V + 2 * K))
 
 
 def test_autocast_leaves_the_cell_in_float32() -> None:
