@@ -107,8 +107,11 @@ def time_row(name: str, work: Work, rounds: int, seconds: float) -> Row:
     """The times of a row and the ratio that matters, or why it was not timed."""
     torch.compiler.reset()  # what other rows compiled counts towards a limit
     contestants = {contestant: make() for contestant, make in work.makers.items()}
-    first = {name: run_once(contestant) for name, contestant in contestants.items()}  # warms up, too
-    checked = check(work, {name: result for name, (result, _) in first.items()}) if work.kind == "peer" else {}
+    results, first = {}, {}
+    for contestant in contestants:  # warms up, too
+        results[contestant], first[contestant] = run_once(contestants[contestant])
+    checked = check(work, results) if work.kind == "peer" else {}
+    del results  # held while the clock runs, they would keep memory from being given back that runs give back
     if "refused" in checked:
         return checked
     if work.floor is not None:
@@ -119,7 +122,7 @@ def time_row(name: str, work: Work, rounds: int, seconds: float) -> Row:
     row: Row = {
         **checked,
         "rounds": len(spent[mine]),
-        "seconds_of_the_first_run": {contestant: seconds for contestant, (_, seconds) in first.items()},
+        "seconds_of_the_first_run": first,
         "milliseconds": {contestant: 1000 * median for contestant, median in medians.items()},
         "milliseconds_least": {contestant: 1000 * min(found) for contestant, found in spent.items()},
         "tokens_per_second": {c: contestants[c].tokens / median for c, median in medians.items()},
