@@ -24,8 +24,8 @@ from .ops_mlstm_weights import Masks, Weights, masks_of, weigh, weight_of_
 class Chunks(torch.autograd.Function):
     """q, k, v [B, T, H, .], `Gates` [5, B, H, N, J, L] and the first C, n to h [B, T, H, V] and the last C, n.
 
-    Documents, if resets begin some, are counted from each chunk's beginning, [B, N, J, L]. J is 1 unless every chunk of
-    every head is near.
+    The first C, n are None at the start, where they are zero. Documents, if resets begin some, are counted from each
+    chunk's beginning, [B, N, J, L]. J is 1 unless every chunk of every head is near.
     """
 
     @staticmethod
@@ -323,9 +323,9 @@ class _Near(_Products):
             Sum(dq.each[j]).add(dnum_j, S.mT).times(masks.reads, j).add(dP.each[j], self.k.each[j])
             if j + 1 < len(dnum):
                 S.times(masks.stays, j).add(self.writer.mT[j], values.each[j])
-        dC = dS.numbers[..., : self.room.V]
         for j, dnum_j in reversed(list(enumerate(dnum))):
-            Sum(dv.each[j]).add(self.writer.each[j], Sum(dC, dS.is_zero)).add(P.mT[j], dnumerator.v_by_block[j])
+            dC = dS.columns(self.room.V)
+            Sum(dv.each[j]).add(self.writer.each[j], dC).add(P.mT[j], dnumerator.v_by_block[j])
             Sum(dk.each[j]).add(values.each[j], dS.mT).times(masks.writes, j).add(dP.mT[j], self.q.each[j])
             if j > 0 or read is not None:
                 dS.times(masks.stays, j).add(self.reader.mT[j], dnum_j)
@@ -379,7 +379,7 @@ class _Far(_Products):
         (P,) = self._pairs("P", self.q.each, self.k.mT).each
         (dP,) = self._pairs("dP", (dnum,), self.values.mT).each
         P.mul_(weights)
-        Sum(dv).add(kw, Sum(dS.numbers[..., : self.room.V], dS.is_zero)).add(P.mT, dnumerator.v_by_block[0])
+        Sum(dv).add(kw, dS.columns(self.room.V)).add(P.mT, dnumerator.v_by_block[0])
         dlog = P.mul_(dP)
         torch.sum(dlog.mT, -1, keepdim=True, out=da)
         torch.sum(dlog, -1, keepdim=True, out=dM).neg_()

@@ -69,11 +69,12 @@ class Sum:
 
     @property
     def mT(self) -> Sum:
-        return Sum(self._mT, self.is_zero)
+        """The same numbers transposed, to be read."""
+        return Sum(self.numbers.mT, self.is_zero)
 
-    @cached_property
-    def _mT(self) -> Tensor:
-        return self.numbers.mT
+    def columns(self, count: int) -> Sum:
+        """The first columns, to be read."""
+        return Sum(self.numbers[..., :count], self.is_zero)
 
 
 def joined(C: Tensor | None, n: Tensor | None, group: Group, like: Tensor) -> Sum:
