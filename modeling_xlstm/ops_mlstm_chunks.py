@@ -318,11 +318,6 @@ class _Near(_Products):
         made = [self._gradient(x) for x in "qkv"]
         dq, dk, dv = (x.blocks for x in made)
         P, dP = self._seen("P", self.q.each, self.k.mT), self._seen("dP", dnum, values.mT)
-        S = Sum(self.room.state) if read is None else Sum(self.room.state.copy_(read), is_zero=False)
-        for j, dnum_j in enumerate(dnum):
-            Sum(dq.each[j]).add(dnum_j, S.mT).times(masks.reads, j).add(dP.each[j], self.k.each[j])
-            if j + 1 < len(dnum):
-                S.times(masks.stays, j).add(self.writer.mT[j], values.each[j])
         for j, dnum_j in reversed(list(enumerate(dnum))):
             dC = dS.columns(self.room.V)
             Sum(dv.each[j]).add(self.writer.each[j], dC).add(P.mT[j], dnumerator.v_by_block[j])
@@ -331,6 +326,11 @@ class _Near(_Products):
                 dS.times(masks.stays, j).add(self.reader.mT[j], dnum_j)
         self._add_keep_gradient(back.keep, read, dS)
         dS.times(self.keep)
+        S = Sum(self.room.state) if read is None else Sum(self.room.state.copy_(read), is_zero=False)
+        for j, dnum_j in enumerate(dnum):
+            Sum(dq.each[j]).add(dnum_j, S.mT).times(masks.reads, j).add(dP.each[j], self.k.each[j])
+            if j + 1 < len(dnum):
+                S.times(masks.stays, j).add(self.writer.mT[j], values.each[j])
         dqkv[0].copy_(made[0].by_row)
         dqkv[1].copy_(made[1].by_row)
         torch.mul(made[2].by_row, self.weights.write, out=dqkv[2])
