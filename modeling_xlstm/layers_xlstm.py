@@ -120,18 +120,18 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor, state: LayerState | None, reset: Tensor | None) -> Tensor:
-        B, T, D = x.shape
-        W = self.window
+        T, W = x.shape[1], self.window
         x = with_past(x, state, W)
         if T == 1 and reset is None:
             return F.silu((x * self.weight[:, 0].T).sum(1, keepdim=True) + self.bias)
         document = None if reset is None else F.pad(reset.cumsum(1), (W - 1, 0))[..., None]  # [B, W - 1 + T, 1]
-        y = self.bias.expand(B, T, D)
-        for tap in range(W):
+        y: Tensor = self.bias
+        for tap, weight in enumerate(self.weight[:, 0].unbind(1)):
             x_tap = x[:, tap : tap + T]
             if document is not None:
                 x_tap = x_tap * (document[:, tap : tap + T] == document[:, W - 1 :])
-            y = torch.addcmul(y, x_tap, self.weight[:, 0, tap])
+            # In place but for the first: for a long sequence new memory costs more than the sum.
+            y = y.addcmul_(x_tap, weight) if tap else torch.addcmul(y, x_tap, weight)
         return F.silu(y)
 
 
