@@ -241,8 +241,9 @@ def run_mlstm(
     """The mLSTM cell and its convolution's window over q, k, v, i_tilde, f_tilde, convolution inputs and resets."""
     q, k, v, i_tilde, f_tilde, x, reset = inputs
     B, _, H, K = q.shape
-    cell, like = None if state is None else cast(MLSTMState, state.cell), options.scalar(q)
-    if cell is None and like.dtype is not compute_dtype(v, None):  # wider than the op's own start, which costs nothing
+    cell = None if state is None else cast(MLSTMState, state.cell)
+    # The op's own start costs nothing: zeros are for states wider than that.
+    if cell is None and (like := options.scalar(q)).dtype is not compute_dtype(v, None):
         cell = MLSTMState.zeros(B, H, K, v.shape[-1], like)
     common: Any = {name: getattr(options, name) for name in ("eps", "input_gate", "gate_soft_cap", "backend")}
     if options.donated and cell is not None and lengths is None and reset is None and q.shape[1] == 1:

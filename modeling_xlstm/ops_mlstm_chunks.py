@@ -44,7 +44,7 @@ class Chunks(torch.autograd.Function):
         h, last = gates.new_empty(v.shape), (gates.new_empty(B, H, K, V), gates.new_empty(B, H, K))
         kept: list[Tensor] = []
         rooms = cache(partial(Room, h, K, V))
-        saving, ctx.shape, ctx.kinds, ctx.has_state = any(ctx.needs_input_grad), gates.shape, [], C is not None
+        saving, ctx.shape, ctx.kinds = any(ctx.needs_input_grad), gates.shape, []
         for group in groups(gates.shape[1:], (K, V)):
             S, outputs = joined(C, n, group, like=last[0]), Tokens(h, group, (J, L))
             reads = h.new_empty(N - S.is_zero if saving else 0, *S.numbers.shape)
@@ -52,8 +52,7 @@ class Chunks(torch.autograd.Function):
             qn, normaliser = normalisers = torch.empty_like(numbers[:2])
             chunks = _chunks(group, (q, k, v), Weights(*numbers), kinds, document)
             room = rooms(chunks[0].v.shape[:-1])
-            to_keep = (_by_chunk(reads, N), qn) if saving else ([None] * N, [None] * N)
-            made = zip(*to_keep, normaliser, outputs.chunks, strict=True)
+            made = zip(_by_chunk(reads, N), qn if saving else [None] * N, normaliser, outputs.chunks, strict=True)
             for chunk, made_c in zip(chunks, made, strict=True):
                 _products(chunk, room).read_and_write(S, *made_c)
             outputs.put_back()
@@ -70,7 +69,7 @@ class Chunks(torch.autograd.Function):
         q, k, v, document, h, *kept = ctx.saved_tensors
         (B, _, H, K), V, (*_, J, L) = q.shape, v.shape[-1], ctx.shape
         dh = torch.zeros_like(h) if dh is None else dh
-        first = (h.new_empty(B, H, K, V), h.new_empty(B, H, K))
+        first, of_first = (h.new_empty(B, H, K, V), h.new_empty(B, H, K)), any(ctx.needs_input_grad[4:6])
         dqkv, dgates = [x.new_empty(x.shape) for x in (q, k, v)], h.new_empty(ctx.shape)
         rooms = cache(partial(Room, h, K, V))
         for group, kinds in zip(groups(ctx.shape[1:], (K, V)), ctx.kinds, strict=True):
@@ -87,13 +86,13 @@ class Chunks(torch.autograd.Function):
             for x in inputs:
                 x.put_back()
             dgates[(slice(None), *group)] = gradients.of_gates()
-            if ctx.has_state:
+            if of_first:
                 separate(dS, first[0][group], first[1][group])
-        return *dqkv, dgates, *(first if ctx.has_state else (None, None)), None, None
+        return *dqkv, dgates, *(first if of_first else (None, None)), None, None
 
 
 def _by_chunk(reads: Tensor, N: int) -> list[Tensor | None]:
-    """The state that each of N chunks reads: the first one's is None if it is zero."""
+    """The state that each of N chunks reads, None where none is kept: zeros at the start, or all."""
     return [*[None] * (N - len(reads)), *reads]
 
 
@@ -348,7 +347,8 @@ class _Far(_Products):
         values.n.fill_(1.0)
         self.values, self.kw = values.blocks, self.room.tokens("kw", self.room.K).blocks
         kw = torch.mul(self.k.each[0], self.write, out=self.kw.each[0])
-        Sum(kw, is_zero=False).times(self.masks.writes, 0)
+        if self.masks.writes is not None:
+            kw.mul_(self.masks.writes[0])
 
     def _weights(self) -> Tensor:
         """exp(a_s - M_t) where t sees s, scale included, [R, L, L]."""

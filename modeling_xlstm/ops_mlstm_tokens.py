@@ -63,10 +63,6 @@ class Sum:
             self.numbers.mul_(weights if block is None else weights[block])
         return self
 
-    def filled(self) -> Tensor:
-        """The numbers, zeros if that is what they mean."""
-        return self.numbers.zero_() if self.is_zero else self.numbers
-
     @property
     def mT(self) -> Sum:
         """The same numbers transposed, to be read."""
@@ -92,10 +88,10 @@ def joined(C: Tensor | None, n: Tensor | None, group: Group, like: Tensor) -> Su
 
 
 def separate(S: Sum, C: Tensor, n: Tensor) -> None:
-    """Write S into views of C and n; see `joined`."""
-    numbers, V = S.filled(), C.shape[-1]
-    C.copy_(numbers[..., :V].view(C.shape))
-    n.copy_(numbers[..., V].view(n.shape))
+    """Write S, to which something has been added, into views of C and n; see `joined`."""
+    V = C.shape[-1]
+    C.copy_(S.numbers[..., :V].view(C.shape))
+    n.copy_(S.numbers[..., V].view(n.shape))
 
 
 class Blocks(NamedTuple):

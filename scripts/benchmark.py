@@ -108,8 +108,8 @@ def time_row(name: str, work: Work, rounds: int, seconds: float) -> Row:
     torch.compiler.reset()  # what other rows compiled counts towards a limit
     contestants = {contestant: make() for contestant, make in work.makers.items()}
     results, first = {}, {}
-    for contestant in contestants:  # warms up, too
-        results[contestant], first[contestant] = run_once(contestants[contestant])
+    for whose, contestant in contestants.items():  # warms up, too
+        results[whose], first[whose] = run_once(contestant)
     checked = check(work, results) if work.kind == "peer" else {}
     del results  # held while the clock runs, they would keep memory from being given back that runs give back
     if "refused" in checked:
