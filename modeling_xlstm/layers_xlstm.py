@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .configuration_xlstm import XLSTMConfig
-from .ops_half import bmm, multiply
-from .ops_lean import project, rms_norm
+from .ops_common import token_blocks
+from .ops_half import bmm, is_hooked, multiply
+from .ops_lean import causal_conv, project, rms_norm
 from .ops_mlstm import mlstm, mlstm_step_
 from .ops_slstm import slstm
 from .states_xlstm import Call, CellInputs, LayerState, MLSTMState, SLSTMState, compute_dtype
@@ -89,15 +90,21 @@ ROWS, WIDTH = 64, 32
 
 
 class HeadwiseLinear(nn.Module):
-    """A block-diagonal linear map, one block per head: [..., H * I] -> [..., H * O]."""
+    """A block-diagonal linear map, one block per head: [..., H * I] -> [..., G, H * O / G].
+
+    G is H, or fewer where narrow heads are computed together; `flatten(-2)` gives all heads' outputs one after the
+    other. As it is, it needs no copy.
+    """
 
     def __init__(self, heads: int, in_size: int, out_size: int, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, out_size, in_size))
         self.bias = nn.Parameter(torch.empty(heads * out_size)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Map x; `bias`, of H * O numbers, stands in for one of its own."""
         weight: Tensor = self.weight
+        bias = self.bias if bias is None else bias
         heads, out_size, in_size = weight.shape
         together = math.gcd(heads, max(WIDTH // in_size, 1)) if x.numel() >= ROWS * heads * in_size else 1
         if together > 1:
@@ -105,9 +112,9 @@ class HeadwiseLinear(nn.Module):
             weight = weight.view(-1, together, out_size, 1, in_size) * between  # zeros off the diagonal
             weight = weight.reshape(-1, together * out_size, together * in_size)
         heads, _, in_size = weight.shape
-        y = bmm(x.reshape(-1, heads, in_size).transpose(0, 1), weight.mT)
-        y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        bias = None if bias is None else bias.view(heads, 1, -1)
+        y = bmm(x.reshape(-1, heads, in_size).transpose(0, 1), weight.mT, bias)
+        return y.transpose(0, 1).unflatten(0, x.shape[:-1])
 
 
 class CausalConv(nn.Module):
@@ -120,30 +127,22 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor, state: LayerState | None, reset: Tensor | None) -> Tensor:
-        T, W = x.shape[1], self.window
-        x = with_past(x, state, W)
-        if T == 1 and reset is None:
-            return F.silu((x * self.weight[:, 0].T).sum(1, keepdim=True) + self.bias)
-        document = None if reset is None else F.pad(reset.cumsum(1), (W - 1, 0))[..., None]  # [B, W - 1 + T, 1]
-        y: Tensor = self.bias
-        for tap, weight in enumerate(self.weight[:, 0].unbind(1)):
-            x_tap = x[:, tap : tap + T]
-            if document is not None:
-                x_tap = x_tap * (document[:, tap : tap + T] == document[:, W - 1 :])
-            # In place but for the first: for a long sequence new memory costs more than the sum.
-            y = y.addcmul_(x_tap, weight) if tap else torch.addcmul(y, x_tap, weight)
-        return F.silu(y)
+        W, past = self.window, inputs_before(x, state, self.window)
+        if x.shape[1] == 1 and reset is None:
+            seen = torch.cat([past, x], 1)
+            return F.silu((seen * self.weight[:, 0].T).sum(1, keepdim=True) + self.bias)
+        document = None if reset is None else F.pad(reset.cumsum(1), (W - 1, 0))
+        return F.silu(causal_conv(x, past, self.weight[:, 0], self.bias, document))
 
 
-def with_past(x: Tensor, state: LayerState | None, window: int) -> Tensor:
-    """The inputs a convolution looks back on, then those of the tokens: [B, W - 1 + T, D]."""
+def inputs_before(x: Tensor, state: LayerState | None, window: int) -> Tensor:
+    """The inputs a convolution looks back on before the first token of x, [B, W - 1, D]."""
     past = None if state is None else state.conv
     if past is not None and past.device != x.device:
         raise ValueError(
             f"The state must be on {x.device} as the input is; got {past.device}. Use `.to()` on the cache."
         )
-    past = x.new_zeros(x.shape[0], window - 1, x.shape[2]) if past is None else past.to(x.dtype)
-    return torch.cat([past, x], 1)
+    return x.new_zeros(x.shape[0], window - 1, x.shape[2]) if past is None else past.to(x.dtype)
 
 
 def last_inputs(
@@ -162,9 +161,9 @@ def last_inputs(
         return None
     W = window
     if lengths is None and reset is None:
-        x = x if x.shape[1] >= W - 1 else with_past(x, state, W)
+        x = x if x.shape[1] >= W - 1 else torch.cat([inputs_before(x, state, W), x], 1)
         return x[:, 1 - W :].clone()  # a view would keep the whole sequence
-    x = with_past(x, state, W)
+    x = torch.cat([inputs_before(x, state, W), x], 1)
     if lengths is None:
         lengths = torch.full(x.shape[:1], x.shape[1] - W + 1, device=x.device)
     index = (lengths[:, None] + torch.arange(W - 1, device=x.device))[..., None]  # [B, W - 1, 1]
@@ -348,7 +347,7 @@ class UpMLSTMLayer(nn.Module):
         a, z = multiply(self.up_proj, x).chunk(2, -1)
         c = self.conv(a, call.state, call.reset)
         qkv = self.q_proj(c), self.k_proj(c), self.v_proj(a)
-        g = torch.cat(qkv, -1)  # the gates keep it, so the cell is given parts of it and keeps no others
+        g = torch.stack(qkv, -3).flatten(-3)  # the gates keep it, so the cell is given parts of it and keeps no others
         h, state = self.cell(g.chunk(3, -1), (multiply(self.igate, g), multiply(self.fgate, g)), a, call)
         y = project(self.down_proj, self._read_out, (self.cell.norm,), h, c, z, self.skip)
         return self.dropout(y), state
@@ -379,9 +378,26 @@ class SLSTMLayer(nn.Module):
         self.norm = HeadNorm(D, config.norm_eps, config.norm_bias, norm_offset(config), config.slstm_norm_weight)
 
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:
+        blocks = token_blocks(x.shape[1], x.shape[0] * x.shape[2])
+        if len(blocks) == 1 or not self._may_go_in_blocks(x, call):
+            return self._mix(x, call)
+        part, state = self._mix(x[:, blocks[0]], call.part(blocks[0], call.state))
+        y = part.new_empty(x.shape)
+        y[:, blocks[0]] = part
+        for block in blocks[1:]:
+            y[:, block], state = self._mix(x[:, block], call.part(block, state))
+        return y, state
+
+    def _may_go_in_blocks(self, x: Tensor, call: Call) -> bool:
+        """Whether nobody can tell: nothing is kept for later, and no part is watched or compiled."""
+        is_seen = torch.is_grad_enabled() or call.record or type(call) is not Call or torch.compiler.is_compiling()
+        return x.is_cpu and not is_seen and not any(map(is_hooked, self.children()))
+
+    def _mix(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:
         c = x if self.conv is None else self.conv(x, call.state, call.reset)
-        pre_activations = self.igate(c), self.fgate(c), self.zgate(x), self.ogate(x)
-        gates = (g.unflatten(-1, (self.num_heads, -1)) + b for g, b in zip(pre_activations, self.bias, strict=True))
+        linears = (self.igate, c), (self.fgate, c), (self.zgate, x), (self.ogate, x)
+        maps = (linear(inputs, bias=bias) for (linear, inputs), bias in zip(linears, self.bias, strict=True))
+        gates = (y.reshape(*x.shape[:-1], self.num_heads, -1) for y in maps)
         inputs = (*gates, None if self.conv is None else x, call.reset)
         h, state = call.run(run_slstm, inputs, dataclasses.replace(self.options, recurrent=self.recurrent))
         return self.norm(self.dropout(h)), state

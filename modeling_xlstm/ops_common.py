@@ -107,6 +107,15 @@ def check_gates(input_gate: str, gate_soft_cap: float | None = None) -> None:
         raise ValueError(f"`input_gate` must be 'exp', 'sigmoid' or 'exp_both'; got {input_gate!r}.")
 
 
+BLOCK = 2**20  # numbers that are made and used together: they stay in the cache, and need no new memory
+
+
+def token_blocks(T: int, numbers: int) -> list[slice]:
+    """T tokens in blocks that are made and used together, `numbers` of each tensor in every token."""
+    size = max(1, BLOCK // numbers)
+    return [slice(start, min(start + size, T)) for start in range(0, T, size)]
+
+
 def log_gates(i_tilde: Tensor, f_tilde: Tensor, input_gate: str) -> tuple[Tensor, Tensor]:
     """Natural logs of the input and the forget gate, from their pre-activations."""
     log_i = F.logsigmoid(i_tilde) if input_gate == "sigmoid" else i_tilde

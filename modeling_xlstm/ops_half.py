@@ -66,12 +66,16 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def bmm(a: Tensor, b: Tensor) -> Tensor:
-    """`torch.bmm` of [G, M, K] and [G, K, N], the same to a rounding; not for autocast."""
-    if not _gains(a, b, a.shape[1], b.shape[2]) or torch.is_autocast_enabled("cpu"):
-        return torch.bmm(a, b)
-    y: Tensor = _Products.apply(a, b)
-    return y
+def bmm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.bmm` of [G, M, K] and [G, K, N], the same to a rounding, plus a bias [G, 1, N]; not for autocast."""
+    is_autocast = torch.is_autocast_enabled(a.device.type)
+    if _gains(a, b, a.shape[1], b.shape[2]) and not is_autocast:
+        y: Tensor = _Products.apply(a, b)
+    elif bias is not None and not is_autocast:
+        return torch.baddbmm(bias, a, b)  # no tensor more
+    else:
+        y = torch.bmm(a, b)
+    return y if bias is None else y + bias  # under autocast not rounded to half precision
 
 
 def _gains(a: Tensor, b: Tensor, rows: int, columns: int) -> bool:

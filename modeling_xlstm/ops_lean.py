@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from .ops_common import token_blocks
 from .ops_half import is_hooked, multiply
 
 
@@ -122,6 +123,83 @@ class _SoftCap(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         t = ctx.saved_tensors[0] / ctx.cap
         return torch.ops.aten.tanh_backward(dy, t, grad_input=t), None
+
+
+def causal_conv(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
+    """Depthwise causal convolution over the last W tokens of the same document; of all tensors the inputs are kept.
+
+    Args:
+        x: [B, T, D].
+        past: the W - 1 inputs before the first token, oldest first, [B, W - 1, D].
+        weight: [D, W]; the last tap multiplies the current token.
+        bias: [D].
+        document: the number of the document that each token of the past and of x belongs to, [B, W - 1 + T]; None if
+            all belong to one.
+
+    Returns:
+        y: [B, T, D].
+    """
+    if torch.compiler.is_compiling():
+        return _convolve(torch.cat([past, x], 1), weight, bias, document)
+    y: Tensor = _CausalConv.apply(x, past, weight, bias, document)
+    return y
+
+
+def _convolve(seen: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None, out: Tensor | None = None) -> Tensor:
+    W = weight.shape[1]
+    T, y = seen.shape[1] - W + 1, bias
+    for tap, weight_tap in enumerate(weight.unbind(1)):
+        x_tap = seen[:, tap : tap + T]
+        if document is not None:
+            x_tap = x_tap * _is_same(document, tap, W)
+        # In place but for the first: for a long sequence new memory costs more than the sum.
+        y = y.addcmul_(x_tap, weight_tap) if tap else torch.addcmul(y, x_tap, weight_tap, out=out)
+    return y
+
+
+def _is_same(document: Tensor, tap: int, W: int) -> Tensor:
+    """Whether what a tap sees belongs to the document of the token, [B, T, 1]."""
+    current = document[:, W - 1 :]
+    return (document[:, tap : tap + current.shape[1]] == current)[..., None]
+
+
+class _CausalConv(torch.autograd.Function):
+    """On the CPU block by block: beside its result, a long sequence then needs no new memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, past: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, past, weight, bias, document)
+        y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+        for block, seen, documents in _seen_in_blocks(x, past, document):
+            _convolve(seen, weight, bias, documents, out=y[:, block])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, past, weight, bias, document = ctx.saved_tensors
+        W, wide = weight.shape[1], torch.promote_types(dy.dtype, torch.float32)
+        dseen = dy.new_zeros(x.shape[0], W - 1 + x.shape[1], x.shape[2])
+        dweight, dbias = (dy.new_zeros(w.shape, dtype=wide) for w in (weight, bias))
+        for block, seen, documents in _seen_in_blocks(x, past, document):
+            d, T = dy[:, block], block.stop - block.start
+            dbias += d.sum((0, 1), dtype=wide)
+            for tap, weight_tap in enumerate(weight.unbind(1)):
+                d_tap = d if documents is None else d * _is_same(documents, tap, W)
+                dweight[:, tap] += (d_tap * seen[:, tap : tap + T]).sum((0, 1), dtype=wide)
+                dseen[:, block.start + tap : block.stop + tap].addcmul_(d_tap, weight_tap)
+        dpast, dx = dseen.split([W - 1, x.shape[1]], 1)
+        return dx.to(x.dtype), dpast.to(past.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype), None
+
+
+def _seen_in_blocks(x: Tensor, past: Tensor, document: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Blocks of tokens, what their taps see, [B, W - 1 + t, D], and which document that belongs to."""
+    B, T, D = x.shape
+    window = past.shape[1]
+    for block in token_blocks(T, B * D) if x.is_cpu else [slice(0, T)]:
+        seen = torch.cat([past, x[:, block]], 1)
+        past = seen[:, -window:]
+        yield block, seen, None if document is None else document[:, block.start : block.stop + window]
 
 
 PIECE = 2**20  # logits looked at together, or a sixteenth of all: wide copies of more would only take memory

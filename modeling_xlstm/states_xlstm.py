@@ -134,6 +134,11 @@ class Call(NamedTuple):
         h, state = run(cell, self.state, inputs, self.lengths, options)
         return h, state._replace(tape=Tape(cell, self.state, inputs, options)) if self.record else state
 
+    def part(self, tokens: slice, state: LayerState | None) -> Call:
+        """The call for some of the tokens, from the state before the first of them."""
+        lengths = None if self.lengths is None else (self.lengths - tokens.start).clamp(0, tokens.stop - tokens.start)
+        return self._replace(state=state, lengths=lengths, reset=None if self.reset is None else self.reset[:, tokens])
+
 
 def _in_line(cell: CellRun, *given: Any) -> tuple[Tensor, LayerState]:
     return cell(*given)

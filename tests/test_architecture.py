@@ -30,7 +30,7 @@ TRAVELLING = {
     STATES: Module(0, set(), {"torch"}),
     COMMON: Module(0, set(), {"torch", "numpy"}),
     HALF: Module(0, set(), {"torch"}),
-    LEAN: Module(1, {HALF}, {"torch"}),
+    LEAN: Module(1, {COMMON, HALF}, {"torch"}),
     TOKENS: Module(0, set(), {"torch"}),
     "ops_mlstm_reference": Module(1, {STATES, COMMON}, {"torch"}),
     "ops_slstm_reference": Module(1, {STATES, COMMON}, {"torch"}),
@@ -50,7 +50,9 @@ TRAVELLING = {
     "ops_slstm_triton_kernels": Module(0, set(), {"triton"}),
     "ops_slstm_triton": Module(2, {STATES, COMMON, "ops_slstm_triton_kernels"}, {"torch", "triton"}),
     "ops_slstm": Module(3, {STATES, COMMON, "ops_slstm_reference", "ops_slstm_torch", "ops_slstm_triton"}, {"torch"}),
-    "layers_xlstm": Module(4, {CONFIG, STATES, LEAN, HALF, "ops_mlstm", "ops_slstm"}, {"torch", "transformers"}),
+    "layers_xlstm": Module(
+        4, {CONFIG, STATES, COMMON, LEAN, HALF, "ops_mlstm", "ops_slstm"}, {"torch", "transformers"}
+    ),
     "blocks_xlstm": Module(5, {CONFIG, STATES, "layers_xlstm"}, {"torch", "transformers"}),
     "statefile_xlstm": Module(1, {CONFIG, STATES}, {"torch", "safetensors"}),
     "cache_xlstm": Module(5, {CONFIG, STATES, "statefile_xlstm"}, {"torch", "transformers"}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from inputs import outputs_and_gradients, rows, tiny_model
 from tolerances import assert_identical, assert_same
 from torch import Tensor, nn
 
-from modeling_xlstm import LayerState, XLSTMModel
+from modeling_xlstm import LayerState, XLSTMModel, ops_common
 from modeling_xlstm.states_xlstm import Call
 
 D, T = 16, 9
@@ -104,6 +105,41 @@ def test_padding_changes_no_real_token_no_state_and_no_gradient(
     separate = of([torch.cat(pieces) for pieces in zip(*ends, strict=True)], layer)
     padded = judge(layer, y * real[..., None], after, x, before)
     assert_same(padded, judge(layer, torch.cat(parts), separate, x, before))
+
+
+@every_layer
+@settings(max_examples=10)
+@given(tokens=st.integers(1, T), fresh=st.booleans(), lengths=st.none() | LENGTHS, resets=RESETS)
+def test_making_few_tokens_at_a_time_changes_nothing(
+    kind: str, tokens: int, fresh: bool, lengths: list[int] | None, resets: set[int]
+) -> None:
+    layer, x = build(kind), frames()
+    before = None if fresh else started(layer)
+    real = torch.ones(2, T, dtype=torch.bool) if lengths is None else torch.arange(T) < torch.tensor(lengths)[:, None]
+    reset = torch.zeros(2, T, dtype=torch.bool)
+    reset[:, list(resets)] = True
+    call = Call(before, None if lengths is None else torch.tensor(lengths), reset & real if resets else None)
+    whole = judge(layer, *layer(x, call), x, before)
+    with mock.patch.object(ops_common, "BLOCK", tokens * x[:, 0].numel()):
+        assert_same(judge(layer, *layer(x, call), x, before), whole)
+        with torch.no_grad():
+            y, state = layer(x, call)
+    assert_same((y, tensors(state)), whole[:2])
+
+
+@pytest.mark.parametrize("watched", ["hook", "tape", "gradient", "nothing"])
+def test_a_part_is_run_on_few_tokens_at_a_time_where_nobody_can_tell(watched: str) -> None:
+    layer, sizes = build("slstm with convolution"), []
+    if watched == "hook":
+        layer.get_submodule("norm").register_forward_hook(lambda *_: None)
+    original = layer._mix
+    with (
+        mock.patch.object(ops_common, "BLOCK", 4 * 2 * D),
+        mock.patch.object(layer, "_mix", lambda x, call: (sizes.append(x.shape[1]), original(x, call))[1]),
+        torch.set_grad_enabled(watched == "gradient"),
+    ):
+        layer(frames(), Call(record=watched == "tape"))
+    assert sizes == ([4, 4, 1] if watched == "nothing" else [T])
 
 
 @every_layer

@@ -14,9 +14,9 @@ from tolerances import TOLERANCES, assert_identical, assert_same
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_xlstm import XLSTMForCausalLM, ops_lean
+from modeling_xlstm import XLSTMForCausalLM, ops_common, ops_lean
 from modeling_xlstm.layers_xlstm import FeedForward, MLSTMLayer, UpMLSTMLayer
-from modeling_xlstm.ops_lean import cross_entropy, make_again, project, rms_norm, soft_cap
+from modeling_xlstm.ops_lean import causal_conv, cross_entropy, make_again, project, rms_norm, soft_cap
 from modeling_xlstm.states_xlstm import Call
 
 
@@ -47,6 +47,39 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def plain_soft_cap(x: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(x / cap)
+
+
+def plain_conv(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
+    """Torch's own convolution, of one document after the other."""
+    (D, W), T, rows = weight.shape, x.shape[1], []
+    seen = torch.cat([past, x], 1)
+    for b in range(len(x)):
+        numbers = torch.zeros(W - 1 + T, dtype=torch.long) if document is None else document[b]
+        row = torch.zeros_like(x[b])
+        for number in numbers.unique():
+            is_here = (numbers == number)[:, None]
+            made = F.conv1d((seen[b] * is_here).T[None], weight[:, None], groups=D)[0].T
+            row = row + made * is_here[W - 1 :]
+        rows.append(row)
+    return torch.stack(rows) + bias
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 99])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_convolution_is_the_plain_one_in_blocks_too_and_keeps_its_inputs(
+    dtype: torch.dtype, documents: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops_common, "BLOCK", tokens * 2 * 8)
+    shapes = (2, 7, 8), (2, 3, 8), (8, 4), (8,)
+    inputs = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    document = torch.randint(2, (2, 10)).cumsum(1) if documents else None
+    wide = [v.detach().double().requires_grad_() for v in inputs]
+    judge = plain_conv(*wide, document)
+    y = causal_conv(*inputs, document)
+    got = [v.double() for v in (y, *gradients(y, *inputs))]
+    assert_same(got, [judge, *gradients(judge, *wide)], TOLERANCES[dtype])
+    assert kept(lambda: causal_conv(*inputs, document), *inputs, document) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from inputs import outputs_and_gradients, slstm_inputs, slstm_state
 from tolerances import FLOAT32, assert_identical, assert_same
 
-from modeling_xlstm import SLSTMState, ops_slstm_torch, slstm
+from modeling_xlstm import SLSTMState, ops_common, ops_slstm_torch, slstm
 from modeling_xlstm.ops_slstm_reference import slstm_recurrent
 from modeling_xlstm.ops_slstm_torch import slstm_recurrent_torch
 
@@ -29,7 +29,7 @@ BACKENDS = ["torch", "reference"]
     fresh=st.booleans(),
     resets=st.booleans(),
     lengths=st.none() | st.lists(st.integers(0, 12), min_size=2, max_size=2),
-    block=st.sampled_from([1, 5, ops_slstm_torch.BLOCK]),
+    block=st.sampled_from([1, 5 * 12, ops_common.BLOCK]),  # a token has 12 numbers
 )
 def test_the_torch_worker_equals_the_definition_with_states_and_all_gradients(
     numbers: str, T: int, input_gate: str, output_tanh: bool, fresh: bool, resets: bool, lengths: list[int] | None,
@@ -48,7 +48,7 @@ def test_the_torch_worker_equals_the_definition_with_states_and_all_gradients(
     results = []
     choose = ops_slstm_torch._numbers if numbers == "numpy" else lambda _: (torch, lambda tensor: tensor)
     assert numbers == choose(xs[0].detach())[0].__name__
-    with mock.patch.multiple(ops_slstm_torch, BLOCK=block, _numbers=choose):
+    with mock.patch.object(ops_common, "BLOCK", block), mock.patch.object(ops_slstm_torch, "_numbers", choose):
         for worker in (slstm_recurrent_torch, slstm_recurrent):
             h, after = worker(*xs, state, **options)
             results.append(outputs_and_gradients(h * real[..., None, None], after, [*xs, *(state or ())]))
