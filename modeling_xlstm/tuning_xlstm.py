@@ -48,10 +48,12 @@ class StateTuner(nn.Module):
             raise ValueError("`prompt` must hold at least one token id; got none. The end token will do.")
         self.model = model.requires_grad_(False)
         self.config: Any = model.config
-        with torch.no_grad():
-            ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
-            start: XLSTMCache = model.eval()(ids, use_cache=True).past_key_values
-        self._start = start
+        ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+        # Asked for no gradient, the layers of bitsandbytes would on some CPUs never again give one.
+        embeddings = self.model.get_input_embeddings()(ids).requires_grad_()  # type: ignore[operator]
+        with torch.enable_grad():
+            start: XLSTMCache = model.eval()(inputs_embeds=embeddings, use_cache=True).past_key_values
+        self._start = start.detach_()
         self.states = nn.ParameterDict(
             {f"{i}_{name}": nn.Parameter(x.clone()) for i, name, x in _tensors(start) if name in TUNED}
         )

@@ -11,11 +11,12 @@ import pytest
 import torch
 from inputs import STYLES, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
-from tolerances import EIGHT_BITS, FOUR_BITS, assert_identical, assert_same
+from tolerances import BFLOAT16, EIGHT_BITS, FOUR_BITS, assert_identical, assert_same
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from modeling_xlstm import XLSTMForCausalLM
+from modeling_xlstm.ops_half import has_units
 from modeling_xlstm.quantization_xlstm import ADAPTABLE, LIBRARIES, quantization, weight_bytes
 from modeling_xlstm.tuning_xlstm import lora_targets
 
@@ -54,7 +55,9 @@ def judge_answers(kind: str, quantised: Any, model: Any) -> None:
             out = quantised(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             steps.append(out.logits)
-    assert_same(torch.cat(steps, 1), whole)
+    # Where the CPU multiplies bfloat16, bitsandbytes rounds float32 to it, for one token as for many.
+    in_bfloat16 = kind == "bitsandbytes-4bit" and has_units(torch.bfloat16)
+    assert_same(torch.cat(steps, 1), whole, BFLOAT16 if in_bfloat16 else None)
     written = quantised.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert written.shape == (2, 13)
 
