@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .ops_rows import MOST_ROWS, plan_product
+
 ROWS, COLUMNS = 64, 32  # of a result; with fewer, converting the operands takes what the product gains
 UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
@@ -44,10 +46,28 @@ def multiply(layer: nn.Module, x: Tensor) -> Tensor:
     A class of our own would do without this function, but libraries that quantise look for `nn.Linear` itself.
     """
     is_half = x.is_cpu and (x.element_size() == 2 or torch.is_autocast_enabled("cpu"))
-    if is_half and type(layer) is nn.Linear and not is_hooked(layer):
-        return linear(x, layer.weight, layer.bias)
+    are_few = _are_few(x)
+    if (is_half or are_few) and type(layer) is nn.Linear and not is_hooked(layer):
+        if is_half:
+            return linear(x, layer.weight, layer.bias)
+        if type(layer.weight) is nn.Parameter and layer.weight.dtype is x.dtype:
+            return _few_rows(x, layer.weight, layer.bias)
     y: Tensor = layer(x)
     return y
+
+
+def _are_few(x: Tensor) -> bool:
+    """Whether these are few plain rows on a CPU without gradients, for which torch may read the weights slowly."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu or x.dtype is not torch.float32:
+        return False
+    return type(x) is Tensor and x.shape[:-1].numel() <= MOST_ROWS
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    y = x.new_empty(len(rows), len(weight))
+    plan_product(rows, weight, y)()
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -29,6 +29,7 @@ from .layers_xlstm import (
     UpMLSTMLayer,
 )
 from .ops_mlstm_weights import HIGHEST
+from .ops_rows import plan_product
 from .states_xlstm import LayerState, MLSTMState, SLSTMState
 
 Array = np.ndarray[Any, Any]
@@ -125,7 +126,7 @@ def _products(layers: Sequence[nn.Module], x: Buffer, outs: Sequence[Buffer], gr
     for layer, out in zip(layers, outs, strict=True):
         weight, bias = cast(nn.Linear, layer)._parameters.values()
         assert weight is not None
-        products.append(functools.partial(torch.mm, x.narrow, weight.detach().t(), out=out.narrow))
+        products.append(plan_product(x.narrow, weight.detach(), out.narrow))
         biases += _add(out, bias, room)
 
     def run() -> None:
@@ -152,15 +153,20 @@ def _sum(layer: nn.Module, x: Buffer, room: Room) -> Run:
     """Add layer(x) to the residual stream."""
     weight, bias = cast(nn.Linear, layer)._parameters.values()
     assert weight is not None
-    a, b, residual, y = x.narrow, weight.detach().t(), room.x.wide, room.take("sum", *room.x.wide.shape).narrow
-    after = _add(room.x, bias, room)
+    residual, after = room.x.wide, _add(room.x, bias, room)
+    if x.is_split:
+        y = room.take("sum", *residual.shape).narrow
+        multiply = plan_product(x.narrow, weight.detach(), y)
+    else:
+        multiply = plan_product(x.narrow, weight.detach(), residual, add=True)
 
     def run() -> None:
         if x.is_split:
             x.round()
-            residual.add_(torch.mm(a, b, out=y))
+            multiply()
+            residual.add_(y)
         else:
-            residual.addmm_(a, b)
+            multiply()
         for add in after:
             add()
 
