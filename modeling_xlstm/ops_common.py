@@ -112,7 +112,7 @@ BLOCK = 2**20  # numbers that are made and used together: they stay in the cache
 
 def token_blocks(T: int, numbers: int) -> list[slice]:
     """T tokens in blocks that are made and used together, `numbers` of each tensor in every token."""
-    size = max(1, BLOCK // numbers)
+    size = max(1, BLOCK // max(1, numbers))
     return [slice(start, min(start + size, T)) for start in range(0, T, size)]
 
 

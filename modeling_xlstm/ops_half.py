@@ -1,7 +1,8 @@
 """Products of half precision on CPUs that have no units for it: through float32, and rounded once.
 
 There torch's own products of bfloat16 convert inside their loops, which took three to four times as long as converting
-both operands at once and multiplying in float32. What the backward pass needs is kept in half precision.
+both operands at once and multiplying in float32. What the backward pass needs is kept in half precision. `multiply` is
+where every layer's product is chosen.
 """
 
 from __future__ import annotations

@@ -127,11 +127,13 @@ def test_making_few_tokens_at_a_time_changes_nothing(
     assert_same((y, tensors(state)), whole[:2])
 
 
-@pytest.mark.parametrize("watched", ["hook", "tape", "gradient", "nothing"])
+@pytest.mark.parametrize("watched", ["hook", "tape", "gradient", "dropout", "nothing"])
 def test_a_part_is_run_on_few_tokens_at_a_time_where_nobody_can_tell(watched: str) -> None:
     layer, sizes = build("slstm with convolution"), []
     if watched == "hook":
         layer.get_submodule("norm").register_forward_hook(lambda *_: None)
+    if watched == "dropout":
+        layer.train().get_submodule("dropout").p = 0.5
     original = layer._mix
     with (
         mock.patch.object(ops_common, "BLOCK", 4 * 2 * D),
