@@ -2,7 +2,7 @@
 
 Such a product does little more than read the matrix. Made by one call of MKL, as torch does it, it reads on some CPUs
 with one thread and slowly: 10 GB/s on AMD's Zen 5. The same matrix as a batch of smaller ones is read by all threads,
-as fast as 40 GB/s. Which way is the fastest depends on the CPU and the number of rows, so it is measured.
+up to 40 GB/s. Which way is the fastest depends on the CPU and the number of rows, so it is measured.
 """
 
 from __future__ import annotations

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import STYLES, tiny_config
+from inputs import STYLES, slstm_inputs, tiny_config
 from peft import LoraConfig, get_peft_model
 from tolerances import TOLERANCES, assert_identical, assert_same
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_xlstm import XLSTMForCausalLM, ops_common, ops_lean
+from modeling_xlstm import XLSTMForCausalLM, ops_common, ops_lean, slstm
 from modeling_xlstm.layers_xlstm import FeedForward, MLSTMLayer, UpMLSTMLayer
 from modeling_xlstm.ops_lean import causal_conv, cross_entropy, make_again, project, rms_norm, soft_cap
 from modeling_xlstm.states_xlstm import Call
@@ -80,6 +80,12 @@ def test_the_convolution_is_the_plain_one_in_blocks_too_and_keeps_its_inputs(
     got = [v.double() for v in (y, *gradients(y, *inputs))]
     assert_same(got, [judge, *gradients(judge, *wide)], TOLERANCES[dtype])
     assert kept(lambda: causal_conv(*inputs, document), *inputs, document) == 0
+
+
+def test_an_slstm_keeps_eight_numbers_for_each_of_its_outputs() -> None:
+    *gates, R = slstm_inputs(64)
+    made = kept(lambda: slstm(*gates, R, backend="torch"), *gates, R)
+    assert 8 <= made / gates[0].nbytes < 9  # four gates, c, n, m and h; the rest does not grow with T
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
