@@ -127,12 +127,11 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor, state: LayerState | None, reset: Tensor | None) -> Tensor:
-        W, past = self.window, inputs_before(x, state, self.window)
+        W = self.window
         if x.shape[1] == 1 and reset is None:
-            seen = torch.cat([past, x], 1)
-            return F.silu((seen * self.weight[:, 0].T).sum(1, keepdim=True) + self.bias)
+            return F.silu((with_past(x, state, W) * self.weight[:, 0].T).sum(1, keepdim=True) + self.bias)
         document = None if reset is None else F.pad(reset.cumsum(1), (W - 1, 0))
-        return F.silu(causal_conv(x, past, self.weight[:, 0], self.bias, document))
+        return F.silu(causal_conv(x, inputs_before(x, state, W), self.weight[:, 0], self.bias, document))
 
 
 def inputs_before(x: Tensor, state: LayerState | None, window: int) -> Tensor:
@@ -143,6 +142,11 @@ def inputs_before(x: Tensor, state: LayerState | None, window: int) -> Tensor:
             f"The state must be on {x.device} as the input is; got {past.device}. Use `.to()` on the cache."
         )
     return x.new_zeros(x.shape[0], window - 1, x.shape[2]) if past is None else past.to(x.dtype)
+
+
+def with_past(x: Tensor, state: LayerState | None, window: int) -> Tensor:
+    """Those inputs, then those of the tokens: [B, W - 1 + T, D]."""
+    return torch.cat([inputs_before(x, state, window), x], 1)
 
 
 def last_inputs(
@@ -161,9 +165,9 @@ def last_inputs(
         return None
     W = window
     if lengths is None and reset is None:
-        x = x if x.shape[1] >= W - 1 else torch.cat([inputs_before(x, state, W), x], 1)
+        x = x if x.shape[1] >= W - 1 else with_past(x, state, W)
         return x[:, 1 - W :].clone()  # a view would keep the whole sequence
-    x = torch.cat([inputs_before(x, state, W), x], 1)
+    x = with_past(x, state, W)
     if lengths is None:
         lengths = torch.full(x.shape[:1], x.shape[1] - W + 1, device=x.device)
     index = (lengths[:, None] + torch.arange(W - 1, device=x.device))[..., None]  # [B, W - 1, 1]

@@ -22,8 +22,8 @@ GAIN = 1.1  # how many times as fast another way must be: less may be the noise 
 
 def plan_product(x: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> Callable[[], object]:
     """What writes x weight.T into `out`, or adds it: x [B, I], weight [O, I], out [B, O]; not for gradients."""
-    few = len(x) <= MOST_ROWS and weight.numel() >= LEAST and weight.is_contiguous()
-    way = "whole" if not few or weight.dtype is not torch.float32 else fastest(len(x), torch.get_num_threads())
+    has_ways = len(x) <= MOST_ROWS and weight.numel() >= LEAST and weight.is_contiguous() and _parts(len(weight)) > 1
+    way = fastest(len(x), torch.get_num_threads()) if has_ways and weight.dtype is torch.float32 else "whole"
     return plan_product_by(way, x, weight, out, add)
 
 

@@ -1,8 +1,8 @@
 """The sLSTM over a sequence in PyTorch with a backward pass written by hand: the same numbers, several times faster.
 
-What makes it fast: the tokens' gates are laid out by time once, each step runs few operations in buffers made before,
-most of them NumPy's on the CPU, whose calls cost a third of torch's, and the backward loop only carries dh, dc, dn;
-every product with weights but the recurrent one is made for all tokens at once. Letters: gates are [T, 4, H, B, P] in
+What makes it fast: a block of tokens' gates is laid out by time before its steps, each step runs few operations in
+buffers made before, most of them NumPy's on the CPU, whose calls cost a third of torch's, and the backward loop only
+carries dh, dc, dn; the gradient of the recurrent weights is one product a block. Letters: gates are [T, 4, H, B, P] in
 the order i, f, z, o, states [H, B, P].
 """
 

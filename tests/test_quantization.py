@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from modeling_xlstm import XLSTMForCausalLM
-from modeling_xlstm.ops_half import has_units
 from modeling_xlstm.quantization_xlstm import ADAPTABLE, LIBRARIES, quantization, weight_bytes
 from modeling_xlstm.tuning_xlstm import lora_targets
 
@@ -55,8 +54,9 @@ def judge_answers(kind: str, quantised: Any, model: Any) -> None:
             out = quantised(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             steps.append(out.logits)
-    # Where the CPU multiplies bfloat16, bitsandbytes rounds float32 to it, for one token as for many.
-    in_bfloat16 = kind == "bitsandbytes-4bit" and has_units(torch.bfloat16)
+    # What bitsandbytes packed for a CPU with units for bfloat16 is multiplied in it, for one token as for many.
+    kept = (getattr(weight, "quant_state", None) for weight in quantised.parameters())
+    in_bfloat16 = any(getattr(state, "packing_format_for_cpu", False) for state in kept)
     assert_same(torch.cat(steps, 1), whole, BFLOAT16 if in_bfloat16 else None)
     written = quantised.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert written.shape == (2, 13)

@@ -50,9 +50,10 @@ def test_what_is_small_or_not_float32_or_of_many_rows_is_multiplied_whole(monkey
         (torch.ones(1, width), weight[1:]),
         (torch.ones(1, width).double(), weight.double()),
         (torch.ones(1, len(weight)), weight.t()),
+        (torch.ones(1, width), torch.zeros(len(weight) + 1, width)),  # odd: no parts of equal size
     ):
         plan_product(x, w, x.new_empty(len(x), len(w)))
-    assert ways == ["columns", "columns", "whole", "whole", "whole", "whole"]
+    assert ways == ["columns", "columns", "whole", "whole", "whole", "whole", "whole"]
 
 
 @pytest.mark.parametrize(
