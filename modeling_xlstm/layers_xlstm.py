@@ -17,8 +17,8 @@ from transformers.activations import ACT2FN
 
 from .configuration_xlstm import XLSTMConfig
 from .ops_common import token_blocks
-from .ops_half import bmm, is_hooked, multiply
 from .ops_lean import causal_conv, project, rms_norm
+from .ops_linear import bmm, is_hooked, multiply
 from .ops_mlstm import mlstm, mlstm_step_
 from .ops_slstm import slstm
 from .states_xlstm import Call, CellInputs, LayerState, MLSTMState, SLSTMState, compute_dtype

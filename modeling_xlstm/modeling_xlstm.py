@@ -21,8 +21,8 @@ from .configuration_xlstm import XLSTMConfig
 from .debug_xlstm import check_finite
 from .decoding_xlstm import DecodeLoop
 from .layers_xlstm import block_norm
-from .ops_half import multiply
 from .ops_lean import cross_entropy, soft_cap
+from .ops_linear import multiply
 from .pretrained_xlstm import XLSTMPreTrainedModel
 from .states_xlstm import Call, LayerState
 from .step_xlstm import Stepper

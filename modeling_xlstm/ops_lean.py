@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .ops_common import token_blocks
-from .ops_half import is_hooked, multiply
+from .ops_linear import is_hooked, multiply
 
 
 def make_again(make: Callable[..., Tensor], modules: Iterable[nn.Module], *inputs: Tensor | None) -> Tensor:
@@ -64,7 +65,8 @@ def project(
     A projection that is more than its product (adapters, hooks, quantised weights) runs once and keeps its own input.
     """
     if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not is_hooked(linear):
-        return make_again(lambda *xs: multiply(linear, make(*xs)), (*modules, linear), *inputs)
+        runs = itertools.count()  # from the second on for the backward pass
+        return make_again(lambda *xs: multiply(linear, make(*xs), next(runs) > 0), (*modules, linear), *inputs)
     projected: Tensor = linear(make_again(make, modules, *inputs))
     return projected
 

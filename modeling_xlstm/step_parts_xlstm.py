@@ -29,7 +29,7 @@ from .layers_xlstm import (
     UpMLSTMLayer,
 )
 from .ops_mlstm_weights import HIGHEST
-from .ops_rows import plan_product
+from .ops_products import plan_product
 from .states_xlstm import LayerState, MLSTMState, SLSTMState
 
 Array = np.ndarray[Any, Any]

@@ -32,7 +32,7 @@ from .layers_xlstm import (
     UpMLSTMLayer,
 )
 from .ops_common import has_numpy_2
-from .ops_half import is_hooked
+from .ops_linear import is_hooked
 from .states_xlstm import LayerState
 from .step_parts_xlstm import Room, plan_block, plan_norm
 

@@ -22,7 +22,7 @@ from transformers.models.xlstm import modeling_xlstm as transformers_xlstm
 from transformers.utils import is_xlstm_available
 
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, convert_to
-from modeling_xlstm.ops_rows import plan_product
+from modeling_xlstm.ops_products import plan_product
 
 PIECE = 512  # tokens read at a time where a long context is only what comes before decoding
 

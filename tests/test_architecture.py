@@ -24,14 +24,14 @@ class Module(NamedTuple):
 
 HOME = 10  # stays with the package; everything below it travels with every checkpoint
 CONFIG, STATES, COMMON, TOKENS = "configuration_xlstm", "states_xlstm", "ops_common", "tokens_xlstm"
-LEAN, HALF, ROWS = "ops_lean", "ops_half", "ops_rows"
+LEAN, LINEAR, PRODUCTS = "ops_lean", "ops_linear", "ops_products"
 TRAVELLING = {
     CONFIG: Module(0, set(), {"transformers", "huggingface_hub"}),
     STATES: Module(0, set(), {"torch"}),
     COMMON: Module(0, set(), {"torch", "numpy"}),
-    ROWS: Module(0, set(), {"torch"}),
-    HALF: Module(1, {ROWS}, {"torch"}),
-    LEAN: Module(2, {COMMON, HALF}, {"torch"}),
+    PRODUCTS: Module(0, set(), {"torch"}),
+    LINEAR: Module(1, {PRODUCTS}, {"torch"}),
+    LEAN: Module(2, {COMMON, LINEAR}, {"torch"}),
     TOKENS: Module(0, set(), {"torch"}),
     "ops_mlstm_reference": Module(1, {STATES, COMMON}, {"torch"}),
     "ops_slstm_reference": Module(1, {STATES, COMMON}, {"torch"}),
@@ -52,7 +52,7 @@ TRAVELLING = {
     "ops_slstm_triton": Module(2, {STATES, COMMON, "ops_slstm_triton_kernels"}, {"torch", "triton"}),
     "ops_slstm": Module(3, {STATES, COMMON, "ops_slstm_reference", "ops_slstm_torch", "ops_slstm_triton"}, {"torch"}),
     "layers_xlstm": Module(
-        4, {CONFIG, STATES, COMMON, LEAN, HALF, "ops_mlstm", "ops_slstm"}, {"torch", "transformers"}
+        4, {CONFIG, STATES, COMMON, LEAN, LINEAR, "ops_mlstm", "ops_slstm"}, {"torch", "transformers"}
     ),
     "blocks_xlstm": Module(5, {CONFIG, STATES, "layers_xlstm"}, {"torch", "transformers"}),
     "statefile_xlstm": Module(1, {CONFIG, STATES}, {"torch", "safetensors"}),
@@ -60,16 +60,27 @@ TRAVELLING = {
     "tokens_xlstm": Module(4, set(), {"torch"}),
     "debug_xlstm": Module(5, {STATES}, {"torch"}),
     "step_parts_xlstm": Module(
-        6, {STATES, ROWS, "ops_mlstm_weights", "layers_xlstm", "blocks_xlstm"}, {"torch", "numpy"}
+        6, {STATES, PRODUCTS, "ops_mlstm_weights", "layers_xlstm", "blocks_xlstm"}, {"torch", "numpy"}
     ),
     "step_xlstm": Module(
-        7, {STATES, COMMON, HALF, "layers_xlstm", "blocks_xlstm", "step_parts_xlstm"}, {"torch", "numpy"}
+        7, {STATES, COMMON, LINEAR, "layers_xlstm", "blocks_xlstm", "step_parts_xlstm"}, {"torch", "numpy"}
     ),
     "pretrained_xlstm": Module(5, {CONFIG, "layers_xlstm"}, {"torch", "transformers"}),
     "decoding_xlstm": Module(6, {STATES, "cache_xlstm"}, {"torch", "transformers"}),
     "modeling_xlstm": Module(
         8,
-        {CONFIG, STATES, LEAN, HALF, TOKENS, "layers_xlstm", "blocks_xlstm", "step_xlstm", "cache_xlstm", "debug_xlstm"}
+        {
+            CONFIG,
+            STATES,
+            LEAN,
+            LINEAR,
+            TOKENS,
+            "layers_xlstm",
+            "blocks_xlstm",
+            "step_xlstm",
+            "cache_xlstm",
+            "debug_xlstm",
+        }
         | {"decoding_xlstm", "pretrained_xlstm"},
         {"torch", "transformers"},
     ),
@@ -279,7 +290,7 @@ def test_the_two_op_families_and_transformers_stay_apart() -> None:
             assert not {
                 to
                 for to in row.ours
-                if to.startswith("ops_") and to[4] != name[4] and to not in (COMMON, LEAN, HALF, ROWS)
+                if to.startswith("ops_") and to[4] != name[4] and to not in (COMMON, LEAN, LINEAR, PRODUCTS)
             }
 
 

@@ -9,9 +9,9 @@ import torch
 from tolerances import BFLOAT16, assert_same
 from torch import Tensor, nn
 
-from modeling_xlstm import ops_half
+from modeling_xlstm import ops_linear
 from modeling_xlstm.layers_xlstm import HeadwiseLinear
-from modeling_xlstm.ops_half import COLUMNS, ROWS, bmm, has_units, linear, multiply
+from modeling_xlstm.ops_linear import COLUMNS, ROWS, bmm, has_units, linear, multiply
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -19,7 +19,7 @@ HALVES = [torch.bfloat16, torch.float16]
 @pytest.fixture
 def unitless(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without units, whatever this one has."""
-    monkeypatch.setattr(ops_half, "has_units", lambda dtype: False)
+    monkeypatch.setattr(ops_linear, "has_units", lambda dtype: False)
 
 
 def draw(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -89,7 +89,7 @@ def test_small_products_and_those_of_cpus_with_units_are_torchs(monkeypatch: pyt
         return "_Linear" in type(linear(x, weight, None).grad_fn).__name__
 
     for answer in (False, True):
-        monkeypatch.setattr(ops_half, "has_units", lambda dtype, answer=answer: answer)
+        monkeypatch.setattr(ops_linear, "has_units", lambda dtype, answer=answer: answer)
         assert is_ours(ROWS, COLUMNS, torch.bfloat16) is not answer
         assert not is_ours(ROWS - 1, COLUMNS, torch.bfloat16)
         assert not is_ours(ROWS, COLUMNS - 1, torch.bfloat16)

@@ -1,8 +1,9 @@
-"""Products of half precision on CPUs that have no units for it: through float32, and rounded once.
+"""Products of linear layers on a CPU: exact, and by the way that is the fastest there.
 
-There torch's own products of bfloat16 convert inside their loops, which took three to four times as long as converting
-both operands at once and multiplying in float32. What the backward pass needs is kept in half precision. `multiply` is
-where every layer's product is chosen.
+Those of float32 are `ops_products`'. Those of half precision, on CPUs that have no units for it, go through float32 and
+are rounded once: there torch's own products of bfloat16 convert inside their loops, which took three to four times as
+long as converting both operands at once and multiplying in float32. What the backward pass needs is kept as it came.
+`multiply` is where every layer's product is chosen.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .ops_rows import MOST_ROWS, plan_product
+from .ops_products import product, product_of_columns, way_of
 
-ROWS, COLUMNS = 64, 32  # of a result; with fewer, converting the operands takes what the product gains
+ROWS, COLUMNS = 64, 32  # of a result in half precision; with fewer, converting operands takes what the product gains
 UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
 
@@ -30,45 +31,35 @@ def has_units(dtype: torch.dtype) -> bool:
     return any(known.get(unit) for unit in UNITS[dtype])
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` over [..., I] on a CPU, the same to a rounding."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, is_remade: bool = False) -> Tensor:
+    """`F.linear` over [..., I] on a CPU, the same to a rounding.
+
+    Args:
+        x: [..., I].
+        weight: [O, I].
+        bias: [O] or None.
+        is_remade: whether only what the backward pass needs is asked for: the result is undefined then.
+    """
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")
         x, weight, bias = x.to(half), weight.to(half), None if bias is None else bias.to(half)
     if not _gains(x, weight, x.shape[:-1].numel(), weight.shape[0]):
         return F.linear(x, weight, bias)
-    y: Tensor = _Linear.apply(x, weight, bias)
+    if x.dtype is torch.float32 and not torch.is_grad_enabled():
+        return _linear(x, weight, bias)
+    y: Tensor = _Linear.apply(x, weight, bias, is_remade)
     return y
 
 
-def multiply(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x): by that product where the layer is an `nn.Linear` of which nothing asks for a call.
+def multiply(layer: nn.Module, x: Tensor, is_remade: bool = False) -> Tensor:
+    """layer(x): by `linear`, of which see `is_remade`, where the layer is an `nn.Linear` that nothing asks to call.
 
     A class of our own would do without this function, but libraries that quantise look for `nn.Linear` itself.
     """
-    is_half = x.is_cpu and (x.element_size() == 2 or torch.is_autocast_enabled("cpu"))
-    are_few = _are_few(x)
-    if (is_half or are_few) and type(layer) is nn.Linear and not is_hooked(layer):
-        if is_half:
-            return linear(x, layer.weight, layer.bias)
-        if type(layer.weight) is nn.Parameter and layer.weight.dtype is x.dtype:
-            return _few_rows(x, layer.weight, layer.bias)
+    if x.is_cpu and type(layer) is nn.Linear and not is_hooked(layer):
+        return linear(x, layer.weight, layer.bias, is_remade)
     y: Tensor = layer(x)
     return y
-
-
-def _are_few(x: Tensor) -> bool:
-    """Whether these are few plain rows on a CPU without gradients, for which torch may read the weights slowly."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu or x.dtype is not torch.float32:
-        return False
-    return type(x) is Tensor and x.shape[:-1].numel() <= MOST_ROWS
-
-
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    y = x.new_empty(len(rows), len(weight))
-    plan_product(rows, weight, y)()
-    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -90,7 +81,7 @@ def is_hooked(module: nn.Module) -> bool:
 def bmm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.bmm` of [G, M, K] and [G, K, N], the same to a rounding, plus a bias [G, 1, N]; not for autocast."""
     is_autocast = torch.is_autocast_enabled(a.device.type)
-    if _gains(a, b, a.shape[1], b.shape[2]) and not is_autocast:
+    if a.element_size() == 2 and _gains(a, b, a.shape[1], b.shape[2]) and not is_autocast:
         y: Tensor = _Products.apply(a, b)
     elif bias is not None and not is_autocast:
         return torch.baddbmm(bias, a, b)  # no tensor more
@@ -100,41 +91,48 @@ def bmm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _gains(a: Tensor, b: Tensor, rows: int, columns: int) -> bool:
-    """Whether a product is a large one of plain half-precision tensors on a CPU without units for them."""
-    return (
-        a.element_size() == 2
-        and min(rows - ROWS, columns - COLUMNS) >= 0
-        and a.is_cpu
-        and a.dtype is b.dtype
-        and not has_units(a.dtype)
-        and not torch.compiler.is_compiling()
-        and {type(a), type(b)} <= {Tensor, nn.Parameter}
-    )
+    """Whether torch's own product of plain tensors on the CPU is slower than ours."""
+    if not a.is_cpu or torch.compiler.is_compiling() or not {type(a), type(b)} <= {Tensor, nn.Parameter}:
+        return False
+    if a.dtype is not b.dtype:
+        return False
+    if a.element_size() == 2:
+        return min(rows - ROWS, columns - COLUMNS) >= 0 and not has_units(a.dtype)
+    return way_of(rows, b) != "whole"
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.float()
+    return product(_rows(x), weight.float(), bias).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).float()
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, is_remade: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
+        if is_remade:
+            return x.new_empty(*x.shape[:-1], len(weight))
         with torch.autocast("cpu", enabled=False):
-            rows, transposed = x.flatten(0, -2).float(), weight.float().t()
-            y = rows @ transposed if bias is None else torch.addmm(bias.float(), rows, transposed)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+            return _linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        (x, weight), dy = ctx.saved_tensors, dy.flatten(0, -2).float()
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), dy = ctx.saved_tensors, _rows(dy)
         dx = dweight = dbias = None
         with torch.autocast("cpu", enabled=False):
             if ctx.needs_input_grad[0]:
-                dx = (dy @ weight.float()).to(x.dtype).view(x.shape)
+                dx = product(dy, weight.float().t()).to(x.dtype).view(x.shape)
             if ctx.needs_input_grad[1]:
-                dweight = (dy.t() @ x.flatten(0, -2).float()).to(weight.dtype)
+                dweight = product_of_columns(dy, _rows(x)).to(weight.dtype)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 dbias = dy.sum(0).to(weight.dtype)
-        return dx, dweight, dbias
+        return dx, dweight, dbias, None
 
 
 class _Products(torch.autograd.Function):

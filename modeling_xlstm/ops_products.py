@@ -1,0 +1,118 @@
+"""Products of float32 with a matrix on the CPU: by the way that is the fastest there.
+
+torch multiplies float32 with MKL, which is slow on some CPUs. On AMD's Zen 5 it reads a matrix for a few rows with one
+thread, at 10 GB/s, where a batch of the matrix' parts is read by all threads, at up to 40. Of many rows it multiplies
+with units of half the width: 195 GFLOP/s in two threads, where oneDNN, which torch takes for other dtypes and has for
+this one, reaches 450. Which way is the fastest depends on the CPU and the number of rows, so it is measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW = 16  # rows for which parts of a matrix are tried
+MANY = 256  # rows for which more than few are measured
+LEAST = 2**16  # numbers of a matrix for which another way is worth its calls to few rows
+LEAST_OF_MANY = 2**22  # multiplications for which another way is worth its call to many
+GAIN = 1.1  # how many times as fast another way must be: less may be the noise of measuring
+
+# The operation that torch's own compiler calls.
+_onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+PARTS = ("columns", "rows")
+WAYS = ("whole", *PARTS, *(() if _onednn is None else ("onednn",)))
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight.T + bias: x [B, I], weight [O, I], bias [O]; all on the CPU; not for gradients."""
+    way = way_of(len(x), weight)
+    if way == "whole":
+        return F.linear(x, weight, bias)
+    if way == "onednn":
+        return _by_onednn(x, weight, bias)
+    y = x.new_empty(len(x), len(weight))
+    plan_product_by(way, x, weight, y)()
+    return y if bias is None else y.add_(bias)
+
+
+def product_of_columns(a: Tensor, b: Tensor) -> Tensor:
+    """a.T b of a [B, O] and b [B, I], on the CPU; not for gradients."""
+    if way_of(a.shape[1], b.t()) == "onednn" and a.shape[1] > b.shape[1]:
+        return _by_onednn(b.t(), a.t(), None).t()  # what comes first is copied to turn it around
+    return product(a.t(), b.t())
+
+
+def plan_product(x: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> Callable[[], object]:
+    """What writes x weight.T into `out`, or adds it: x [B, I], weight [O, I], out [B, O]; not for gradients."""
+    return plan_product_by(way_of(len(x), weight), x, weight, out, add)
+
+
+def plan_product_by(way: str, x: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> Callable[[], object]:
+    """`plan_product` in one of the ways: 'whole', parts of the matrix times 'columns' or 'rows', or 'onednn'."""
+    G, B = _parts(len(weight)), len(x)
+    if way == "onednn":
+        write = out.add_ if add else out.copy_
+        return lambda: write(_by_onednn(x, weight, None))
+    if way == "whole" or G == 1:
+        whole = functools.partial(torch.addmm, out) if add else torch.mm
+        return functools.partial(whole, x, weight.t(), out=out)
+    parts = weight.view(G, -1, weight.shape[1])
+    if way == "columns":
+        # A column must have the strides of a row turned around: with others, MKL takes the slow way again.
+        a, b, to = parts, x.t().expand(G, -1, -1), out.t().unflatten(0, (G, -1))
+    else:
+        a, b, to = x.expand(G, -1, -1), parts.mT, out.unflatten(1, (G, -1)).transpose(0, 1)
+    if B == 1:
+        return functools.partial(to.baddbmm_, a, b) if add else functools.partial(torch.bmm, a, b, out=to)
+    write = to.add_ if add else to.copy_
+    return lambda: write(torch.bmm(a, b))
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = _onednn(x, weight, bias, "none", [], "")
+    return y
+
+
+def _parts(outputs: int) -> int:
+    """In how many parts a matrix with so many outputs goes."""
+    G, most = 1, min(4 * torch.get_num_threads(), outputs // 16)
+    while most >= 2 * G and outputs % (2 * G) == 0:
+        G *= 2
+    return G
+
+
+def way_of(B: int, weight: Tensor) -> str:
+    """The way in which B rows are multiplied with a matrix [O, I]."""
+    few = B <= FEW
+    is_small = weight.numel() < LEAST if few else B * weight.numel() < LEAST_OF_MANY
+    if is_small or B == 0 or weight.dtype is not torch.float32:
+        return "whole"
+    spent = seconds(B if few else MANY, torch.get_num_threads())
+    has_parts = few and weight.is_contiguous() and _parts(len(weight)) > 1
+    may = {**dict.fromkeys(PARTS, has_parts), "onednn": torch.backends.mkldnn.enabled}
+    best = min((way for way in spent if may.get(way, True)), key=lambda way: spent[way])
+    return best if spent["whole"] > GAIN * spent[best] else "whole"
+
+
+@functools.cache
+def seconds(B: int, threads: int) -> dict[str, float]:
+    """What B rows take in each way with so many threads: measured once, few of them on matrices that no cache holds."""
+    place: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are now
+    few = B <= FEW
+    weights, x = torch.ones(16 if few else 2, 2048, 512, **place), torch.ones(B, 512, **place)
+    out, ways = torch.empty(B, 2048, **place), [way for way in WAYS if few or way not in PARTS]
+    products = {way: [plan_product_by(way, x, w, out) for w in weights] for way in ways}
+    spent: dict[str, list[float]] = {way: [] for way in products}
+    for _ in range(5):
+        for way, runs in products.items():
+            start = time.perf_counter()
+            for run in runs:
+                run()
+            spent[way].append(time.perf_counter() - start)
+    return {way: min(found) for way, found in spent.items()}  # least disturbed by others
