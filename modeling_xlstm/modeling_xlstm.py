@@ -46,11 +46,6 @@ class XLSTMModel(XLSTMPreTrainedModel):
         self.stepper = Stepper()
         self.post_init()
 
-    def _apply(self, *args: Any, **kwargs: Any) -> XLSTMModel:
-        self.stepper.drop()
-        super()._apply(*args, **kwargs)
-        return self
-
     @can_return_tuple
     def forward(
         self,

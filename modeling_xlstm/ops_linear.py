@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .ops_products import product, product_of_columns, way_of
+from .ops_products import packed_together, product, product_of_columns, way_of
 
 ROWS, COLUMNS = 64, 32  # of a result in half precision; with fewer, converting operands takes what the product gains
 UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
@@ -43,6 +43,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, is_remade: bool = Fal
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")
         x, weight, bias = x.to(half), weight.to(half), None if bias is None else bias.to(half)
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        packed = packed_together(x.shape[:-1].numel(), (weight,))
+        if packed is not None and packed.dtype is x.dtype:
+            return packed.times(x, (weight,), bias)
     if not _gains(x, weight, x.shape[:-1].numel(), weight.shape[0]):
         return F.linear(x, weight, bias)
     if x.dtype is torch.float32 and not torch.is_grad_enabled():

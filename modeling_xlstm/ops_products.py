@@ -4,18 +4,21 @@ torch multiplies float32 with MKL, which is slow on some CPUs. On AMD's Zen 5 it
 thread, at 10 GB/s, where a batch of the matrix' parts is read by all threads, at up to 40. Of many rows it multiplies
 with units of half the width: 195 GFLOP/s in two threads, where oneDNN, which torch takes for other dtypes and has for
 this one, reaches 450. Which way is the fastest depends on the CPU and the number of rows, so it is measured.
+
+Whoever has the memory can also pack a matrix: keep it once more, in the order in which oneDNN reads it the fastest.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 FEW = 16  # rows for which parts of a matrix are tried
 MANY = 256  # rows for which more than few are measured
@@ -27,6 +30,78 @@ GAIN = 1.1  # how many times as fast another way must be: less may be the noise 
 _onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 PARTS = ("columns", "rows")
 WAYS = ("whole", *PARTS, *(() if _onednn is None else ("onednn",)))
+
+MOST_PACKED = 64  # rows; with more, the order in which a matrix is read matters little
+SAMPLE = 64  # numbers of a packed weight that are looked at before each product
+
+
+class Packed:
+    """Weights [O, I] of the same inputs, as one matrix in oneDNN's own order; made again when one of them has changed.
+
+    Attributes:
+        dtype: theirs.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]):
+        self.dtype = weights[0].dtype
+        self._pack(weights)
+
+    def times(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+        """x times the weights as they are now, their outputs side by side, plus a bias: [..., I] -> [..., sum of O]."""
+        if list(map(_seen, weights, self._samples)) != self._packed_of:
+            self._pack(weights)
+        return _by_onednn(x, self._numbers, bias)
+
+    def _pack(self, weights: Sequence[Tensor]) -> None:
+        weights = [weight.detach() for weight in weights]
+        with torch.inference_mode(False):
+            whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+            self._numbers: Tensor = torch.ops.mkldnn._reorder_linear_weight(whole, None)
+        # What is written through `.data` moves no version.
+        bits = [weight.view(torch.int32 if weight.element_size() == 4 else torch.int16).flatten() for weight in weights]
+        self._samples = [x[:: max(1, len(x) // SAMPLE)].numpy() for x in bits]
+        self._packed_of = list(map(_seen, weights, self._samples))
+
+
+def _seen(weight: Tensor, sample: Any) -> tuple[int, int, bytes]:
+    """What another state of a weight does not share."""
+    version = 0 if weight.is_inference() else weight._version
+    return version, weight.data_ptr(), sample.tobytes()
+
+
+# By weight to be packed, as long as that lives: what it is the first of.
+_packed: Any = WeakIdKeyDictionary()
+
+
+def pack(weight: Tensor) -> bool:
+    """Have a weight packed when it is first read without gradients, if its dtype and this CPU allow."""
+    if _onednn is None or not weight.is_cpu or weight.numel() < LEAST:
+        return False
+    ops, dtype = torch.ops.mkldnn, weight.dtype
+    is_half = (dtype is torch.bfloat16 and ops._is_mkldnn_bf16_supported()) or (
+        dtype is torch.float16 and ops._is_mkldnn_fp16_supported()
+    )
+    if dtype is torch.float32 or is_half:
+        _packed[weight] = {}
+    return weight in _packed
+
+
+def unpack(weight: Tensor) -> None:
+    """Forget what `pack` had made."""
+    _packed.pop(weight, None)
+
+
+def packed_together(B: int, weights: Sequence[Tensor]) -> Packed | None:
+    """What B rows are multiplied with instead of the weights, if the first is to be packed and rows gain by that."""
+    is_one = B == 1 and weights[0].dtype is torch.float32  # which reads as fast in any order
+    made = _packed.get(weights[0]) if _packed and B <= MOST_PACKED and not is_one else None
+    if made is None or len({weight.dtype for weight in weights}) > 1:
+        return None
+    key = tuple(map(id, weights))
+    if key not in made:
+        made[key] = Packed(weights)
+    packed: Packed = made[key]
+    return packed
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

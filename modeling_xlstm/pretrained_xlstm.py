@@ -22,6 +22,7 @@ from .layers_xlstm import (
     SLSTMLayer,
     UpMLSTMLayer,
 )
+from .ops_products import LEAST, pack, unpack
 
 
 class XLSTMPreTrainedModel(PreTrainedModel):
@@ -39,6 +40,45 @@ class XLSTMPreTrainedModel(PreTrainedModel):
         if self._auto_class is not None:
             self.config.auto_map = {**AUTO_MAP, **(getattr(self.config, "auto_map", None) or {})}
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def pack_weights(self, packed: bool = True) -> None:
+        """Keep the matrices of large linear layers once more, in the order in which this CPU reads them the fastest.
+
+        Products of up to 64 rows without gradients read these then: decoding in half precision, and of batches in
+        float32. It costs the memory of those matrices again. Parameters stay as they are, and so does what is saved. A
+        weight that changes is packed anew when it is next read: whatever torch writes is noticed, and what is written
+        through `.data` if it changes one of 64 numbers of a matrix that are looked at; call this again after writing
+        fewer. `train()`, moving and converting the model undo it; a compiled model does without.
+
+        Args:
+            packed: False undoes it.
+
+        Raises:
+            ValueError: no matrix of this model can be packed.
+        """
+        linear = (module for module in self.modules() if type(module) is nn.Linear)
+        layers = [module for module in linear if type(module.weight) is nn.Parameter]
+        for module in self.modules():
+            if (stepper := module.__dict__.get("stepper")) is not None:
+                stepper.drop()
+        for layer in layers:
+            unpack(layer.weight)
+        if packed and not sum([pack(layer.weight) for layer in layers]):
+            kinds = sorted({f"{layer.weight.dtype} on {layer.weight.device}" for layer in layers})
+            raise ValueError(
+                f"`pack_weights` needs linear layers of at least {LEAST} numbers, in float32 or a half precision that "
+                f"oneDNN knows on this CPU; got {', '.join(kinds) or 'none'}. Load the model so, or leave it unpacked."
+            )
+
+    def train(self, mode: bool = True) -> XLSTMPreTrainedModel:
+        """As in torch; training undoes `pack_weights`."""
+        if mode:
+            self.pack_weights(False)
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> XLSTMPreTrainedModel:
+        self.pack_weights(False)  # the memory that weights move out of
+        return super()._apply(*args, **kwargs)
 
     def _resolve_parallel_plans(self, distributed_config: Any) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
         # A plan tells blocks apart by their names only, and both kinds of mixers have gates of the same names.

@@ -29,7 +29,7 @@ from .layers_xlstm import (
     UpMLSTMLayer,
 )
 from .ops_mlstm_weights import HIGHEST
-from .ops_products import plan_product
+from .ops_products import packed_together, plan_product
 from .states_xlstm import LayerState, MLSTMState, SLSTMState
 
 Array = np.ndarray[Any, Any]
@@ -121,13 +121,15 @@ def _add(x: Buffer, bias: Tensor | None, room: Room) -> list[Run]:
 
 def _products(layers: Sequence[nn.Module], x: Buffer, outs: Sequence[Buffer], group: Buffer, room: Room) -> Run:
     """out = layer(x) for several layers, into parts of one buffer."""
-    products: list[Run] = []
-    biases: list[Run] = []
-    for layer, out in zip(layers, outs, strict=True):
-        weight, bias = cast(nn.Linear, layer)._parameters.values()
-        assert weight is not None
-        products.append(plan_product(x.narrow, weight.detach(), out.narrow))
-        biases += _add(out, bias, room)
+    weights = [cast(Tensor, layer.weight) for layer in layers]
+    biases = [add for layer, out in zip(layers, outs, strict=True) for add in _add(out, _bias(layer), room)]
+    packed = packed_together(room.B, weights)
+    if packed is not None:
+        narrow, sizes = [out.narrow for out in outs], [len(weight) for weight in weights]
+        products: list[Run] = [lambda: torch._foreach_copy_(narrow, packed.times(x.narrow, weights).split(sizes, 1))]
+    else:
+        pairs = zip(weights, outs, strict=True)
+        products = [plan_product(x.narrow, weight.detach(), out.narrow) for weight, out in pairs]
 
     def run() -> None:
         for product in products:
@@ -137,6 +139,10 @@ def _products(layers: Sequence[nn.Module], x: Buffer, outs: Sequence[Buffer], gr
             add()
 
     return run
+
+
+def _bias(layer: nn.Module) -> Tensor | None:
+    return cast("Tensor | None", layer.bias)
 
 
 def _headwise(layers: Sequence[HeadwiseLinear], xs: Sequence[Buffer], outs: Sequence[Tensor]) -> list[Run]:
@@ -151,22 +157,20 @@ def _headwise(layers: Sequence[HeadwiseLinear], xs: Sequence[Buffer], outs: Sequ
 
 def _sum(layer: nn.Module, x: Buffer, room: Room) -> Run:
     """Add layer(x) to the residual stream."""
-    weight, bias = cast(nn.Linear, layer)._parameters.values()
-    assert weight is not None
-    residual, after = room.x.wide, _add(room.x, bias, room)
-    if x.is_split:
+    weight, residual, after = cast(Tensor, layer.weight), room.x.wide, _add(room.x, _bias(layer), room)
+    packed = packed_together(room.B, [weight])
+    if packed is not None:
+        products: list[Run] = [lambda: residual.add_(packed.times(x.narrow, [weight]))]
+    elif x.is_split:
         y = room.take("sum", *residual.shape).narrow
-        multiply = plan_product(x.narrow, weight.detach(), y)
+        products = [plan_product(x.narrow, weight.detach(), y), lambda: residual.add_(y)]
     else:
-        multiply = plan_product(x.narrow, weight.detach(), residual, add=True)
+        products = [plan_product(x.narrow, weight.detach(), residual, add=True)]
 
     def run() -> None:
-        if x.is_split:
-            x.round()
-            multiply()
-            residual.add_(y)
-        else:
-            multiply()
+        x.round()
+        for product in products:
+            product()
         for add in after:
             add()
 

@@ -21,6 +21,7 @@ from benchmark_models import (
     official,
     other,
     ours,
+    packed_decoding,
     prefill,
     training,
 )
@@ -218,6 +219,10 @@ def large_rows(size: Size) -> Iterator[Row]:
             work = Work(each(models, decoding, *inputs), "peer", target, None, AGREEMENT[dtype], (), judge, floor=least)
             yield f"decode large batch {B} {name}", work
             yield from compiled_rows(f"decode large batch {B} {name}", models, size, B, 64 // size.shrink, work)
+            if B > 1 or dtype == BF16:
+                alone = each({"ours": models["ours"]}, packed_decoding, *inputs)
+                packed = work._replace(makers={**work.makers, **alone}, floor=None)
+                yield f"decode large batch {B} {name}, ours packed", packed
     makers = each(large(size, "inference"), generating, ids(size, 1, 64 // size.shrink), DECODED)
     yield "generate large batch 1", Work(makers, "peer", None, None, 0.0)
     # The mode "train" takes whole chunks only.
