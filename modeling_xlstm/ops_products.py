@@ -163,10 +163,10 @@ def _parts(outputs: int) -> int:
 
 
 def way_of(B: int, weight: Tensor) -> str:
-    """The way in which B rows are multiplied with a matrix [O, I]."""
+    """The way in which B rows are multiplied with a matrix [O, I]; torch's if every process is to take the same."""
     few = B <= FEW
     is_small = weight.numel() < LEAST if few else B * weight.numel() < LEAST_OF_MANY
-    if is_small or B == 0 or weight.dtype is not torch.float32:
+    if is_small or B == 0 or weight.dtype is not torch.float32 or torch.are_deterministic_algorithms_enabled():
         return "whole"
     spent = seconds(B if few else MANY, torch.get_num_threads())
     has_parts = few and weight.is_contiguous() and _parts(len(weight)) > 1

@@ -96,6 +96,14 @@ def test_whoever_turns_onednn_off_gets_products_without_it(monkeypatch: pytest.M
     assert way_of(1, weight) == "whole"
 
 
+def test_deterministic_algorithms_are_not_chosen_by_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken(monkeypatch, WAYS[-1])
+    weight = torch.zeros(LEAST // 64, 64)
+    assert way_of(1, weight) == WAYS[-1]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert way_of(1, weight) == "whole"
+
+
 @pytest.mark.parametrize(
     ("spent", "best"),
     [
