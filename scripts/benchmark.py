@@ -10,12 +10,12 @@ The tables and plots of a run once more, and the tables into a document that has
 
     python scripts/benchmark.py --from_json benchmark.json --plots plots --markdown README.md
 
-The contestants of a row hold the same weights and inputs, run in one process and take turns; a row is not timed unless
-they computed the same, or in bfloat16 unless ours is as near to float64 as it should be. Rows of another function,
-Llama and Mamba2 of about as many parameters, have nothing to check and no target. A ratio compares medians. Memory is
-measured in a process of its own for each contestant: what it has allocated at most during a training step after the
-first, weights, gradients, optimizer and activations, over what was there before the model was made; Python, libraries
-and code are not counted.
+The contestants of a row hold the same weights and inputs and take turns in one process, which is the row's own: what an
+allocator remembers of other rows changes none. A row is not timed unless they computed the same, or in bfloat16 unless
+ours is as near to float64 as it should be. Rows of another function, Llama and Mamba2 of about as many parameters, have
+nothing to check and no target. A ratio compares medians. Memory is measured in a process of its own for each
+contestant: what it has allocated at most during a training step after the first, weights, gradients, optimizer and
+activations, over what was there before the model was made; Python, libraries and code are not counted.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import contextlib
 import ctypes
 import gc
 import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,6 @@ def claim(what: str, value: float, **bound: float | None) -> dict[str, Any]:
 
 def time_row(name: str, work: Work, rounds: int, seconds: float) -> Row:
     """The times of a row and the ratio that matters, or why it was not timed."""
-    torch.compiler.reset()  # what other rows compiled counts towards a limit
     contestants = {contestant: make() for contestant, make in work.makers.items()}
     results, first = {}, {}
     for whose, contestant in contestants.items():  # warms up, too
@@ -135,11 +134,11 @@ def time_row(name: str, work: Work, rounds: int, seconds: float) -> Row:
     return {**row, "fastest_peer": best if work.kind == "peer" else None, "claims": faster}
 
 
-def memory_row(name: str, work: Work, row: Row, options: list[str]) -> None:
+def memory_row(name: str, work: Work, row: Row, in_a_process: InAProcess) -> None:
     """Add the memory of every contestant, and its ratio."""
     assert work.memory is not None
     contestants = tqdm(work.makers, desc=f"{name}, memory", leave=False)
-    found = {c: allocated_in_a_process(name, c, options) for c in contestants}
+    found = {c: in_a_process(allocated, name, c) for c in contestants}
     row["memory"] = found
     first, second, *_ = found
     if work.kind == "itself":
@@ -151,16 +150,31 @@ def memory_row(name: str, work: Work, row: Row, options: list[str]) -> None:
         row["claims"].append(claim("memory", found[first]["peak"] / found[peer]["peak"], at_most=work.memory or None))
 
 
-def allocated_in_a_process(name: str, contestant: str, options: list[str]) -> dict[str, int]:
-    command = [sys.executable, __file__, "--only", name, "--contestant", contestant, *options]
-    return dict(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
+class InAProcess:
+    """Functions of a row, each call in a new process.
+
+    Args:
+        arguments: `threads` and `tiny` of the command line.
+    """
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.threads, self.tiny = arguments.threads, arguments.tiny
+
+    def __call__(self, function: Callable[..., Any], name: str, *given: Any) -> Any:
+        """function(name, the row's work, *given)."""
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(self._run, function, name, *given).result()
+
+    def _run(self, function: Callable[..., Any], name: str, *given: Any) -> Any:
+        torch.set_num_threads(self.threads)
+        return function(name, all_works(TINY if self.tiny else FULL)[name], *given)
 
 
 def can_measure_memory() -> bool:
     return Path("/proc/self/clear_refs").exists()
 
 
-def print_allocated(work: Work, contestant: str) -> None:
+def allocated(_name: str, work: Work, contestant: str) -> dict[str, int]:
     """Bytes that one contestant has allocated: between steps, `fixed`, and at most, `peak`.
 
     Not `ru_maxrss`: a process inherits that of the one that started it, and it cannot be set back. Pages of files are
@@ -175,7 +189,7 @@ def print_allocated(work: Work, contestant: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     run_once(made)
     peak = _resident("VmHWM") - _resident("RssFile") - _resident("RssShmem") - before
-    print(json.dumps({"peak": peak, "fixed": fixed}))
+    return {"peak": peak, "fixed": fixed}
 
 
 def _give_back() -> None:
@@ -230,14 +244,13 @@ def parse() -> argparse.Namespace:
     add("--from_json", type=Path, help="measure nothing; take the result from there")
     add("--plots", type=Path, metavar="FOLDER", help="draw there; needs matplotlib")
     add("--markdown", type=Path, help="put the tables into this document, between its marks")
-    add("--contestant", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def measure_all(arguments: argparse.Namespace, works: dict[str, Work], size: Size) -> dict[str, Any]:
     result: dict[str, Any] = {"about": describe_machine("xlstm", "mlstm_kernels"), "rows": []}
     result["about"] |= {"rounds": arguments.rounds, "tiny": arguments.tiny}
-    options = ["--threads", str(arguments.threads), *(["--tiny"] if arguments.tiny else [])]
+    in_a_process = InAProcess(arguments)
     memory = not arguments.no_memory and can_measure_memory()
 
     def write() -> None:
@@ -249,9 +262,9 @@ def measure_all(arguments: argparse.Namespace, works: dict[str, Work], size: Siz
         if absent := work.missing():
             row["left_out"] = f"{', '.join(absent)} is not installed"
         elif work.timed:
-            row |= time_row(name, work, arguments.rounds, arguments.seconds)
+            row |= in_a_process(time_row, name, arguments.rounds, arguments.seconds)
         if work.memory is not None and memory and not {"left_out", "refused"} & row.keys():
-            memory_row(name, work, row, options)
+            memory_row(name, work, row, in_a_process)
         result["rows"].append(row)
         tqdm.write(summary(row))
         write()
@@ -271,9 +284,6 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     size = TINY if arguments.tiny else FULL
     works = all_works(size)
-    if arguments.contestant:
-        print_allocated(works[arguments.only[0]], arguments.contestant)
-        return
     if arguments.from_json is not None:
         result = json.loads(arguments.from_json.read_text("utf-8"))
     else:

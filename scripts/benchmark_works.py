@@ -219,7 +219,7 @@ def large_rows(size: Size) -> Iterator[Row]:
             work = Work(each(models, decoding, *inputs), "peer", target, None, AGREEMENT[dtype], (), judge, floor=least)
             yield f"decode large batch {B} {name}", work
             yield from compiled_rows(f"decode large batch {B} {name}", models, size, B, 64 // size.shrink, work)
-            if B > 1 or dtype == BF16:
+            if size.shrink == 1 and (B > 1 or dtype == BF16):  # tiny models have nothing to pack
                 alone = each({"ours": models["ours"]}, packed_decoding, *inputs)
                 packed = work._replace(makers={**work.makers, **alone}, floor=None)
                 yield f"decode large batch {B} {name}, ours packed", packed

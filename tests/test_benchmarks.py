@@ -130,8 +130,8 @@ def test_contestants_that_agree_are_timed_and_compared_with_the_fastest() -> Non
 
 @pytest.mark.usefixtures("scripts")
 @pytest.mark.skipif(sys.platform != "linux", reason="waits for a machine with Linux, which tells what is resident")
-def test_memory_is_what_a_contestant_allocates_and_not_what_was_there(capsys: pytest.CaptureFixture[str]) -> None:
-    from benchmark import print_allocated
+def test_memory_is_what_a_contestant_allocates_and_not_what_was_there() -> None:
+    from benchmark import allocated
     from benchmark_models import Contestant
     from benchmark_works import Work
 
@@ -141,8 +141,7 @@ def test_memory_is_what_a_contestant_allocates_and_not_what_was_there(capsys: py
         weights = torch.ones(2**24)
         return Contestant(lambda _: (weights + 1).sum() + there[0], 1)
 
-    print_allocated(Work({"ours": make}, kind="other"), "ours")
-    found = json.loads(capsys.readouterr().out)
+    found = allocated("x", Work({"ours": make}, kind="other"), "ours")
     assert 60 < found["fixed"] / 2**20 < 68
     assert 124 < found["peak"] / 2**20 < 136
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tokenizers.trainers import BpeTrainer
 from tolerances import assert_same
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from modeling_xlstm import XLSTMCache, XLSTMForCausalLM
+from modeling_xlstm import XLSTMCache, XLSTMForCausalLM, ops_products
 
 FIRST, SECOND = "The state of a text", " has one size"
 NEW = 7
@@ -209,6 +210,28 @@ def test_flags_that_cannot_be_followed_are_refused_by_name(
     with pytest.raises(SystemExit) as refusal:
         script.main()
     assert str(refusal.value).startswith(f"generate.py: {message}")
+
+
+@pytest.mark.skipif("onednn" not in ops_products.WAYS, reason="needs oneDNN")
+def test_weights_are_packed_where_that_can_be(
+    checkpoint: Checkpoint, script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    greedy = ["--dtype", "float32", "--temperature", "0", "--max_new_tokens", str(NEW)]
+    command, texts = ["generate.py", str(checkpoint.folder), "--prompt", FIRST, *greedy], []
+    monkeypatch.setattr(ops_products, "LEAST", 1)
+    packed = Mock(wraps=ops_products.Packed)
+    monkeypatch.setattr(ops_products, "Packed", packed)
+    for flags in ([], ["--pack_weights"]):
+        assert not packed.called
+        monkeypatch.setattr(sys, "argv", [*command, *flags])
+        script.main()
+        texts.append(capsys.readouterr().out)
+    assert packed.called
+    assert texts[0] == texts[1]
+    monkeypatch.setattr(ops_products, "LEAST", 2**30)
+    with pytest.raises(SystemExit, match="`--pack_weights` cannot be followed: `pack_weights` needs linear layers"):
+        script.main()
 
 
 @pytest.mark.parametrize(
