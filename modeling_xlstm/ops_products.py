@@ -150,6 +150,9 @@ def plan_product_by(way: str, x: Tensor, weight: Tensor, out: Tensor, add: bool 
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # A matrix that is dense neither as it is nor transposed is multiplied number by number: a thousand times as long.
+    if not (weight.is_mkldnn or weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()
     y: Tensor = _onednn(x, weight, bias, "none", [], "")
     return y
 

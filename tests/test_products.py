@@ -96,6 +96,26 @@ def test_whoever_turns_onednn_off_gets_products_without_it(monkeypatch: pytest.M
     assert way_of(1, weight) == "whole"
 
 
+@pytest.mark.skipif("onednn" not in WAYS, reason="needs oneDNN")
+def test_onednn_is_given_dense_matrices_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It multiplies others by its reference implementation, which takes a thousand times as long."""
+    onednn = unittest.mock.Mock(wraps=ops_products._onednn)
+    monkeypatch.setattr(ops_products, "_onednn", onednn)
+    taken(monkeypatch, "onednn", least=1)
+    x, dy = torch.randn(70, 2 * 40)[:, 40:], torch.randn(70, 2 * 48)[:, ::2]
+    layer, rows = torch.randn(2 * 48, 40)[::2], x.unflatten(0, (2, 35)).requires_grad_()
+    assert_same(product(x, layer), x @ layer.t())
+    for a, b in ((x, dy), (dy, x)):
+        assert_same(product_of_columns(a, b), a.t() @ b)
+    y = linear(rows, layer.requires_grad_(), None)
+    expected = nn.functional.linear(rows, layer)
+    made, right = (torch.autograd.grad(z.square().sum(), (rows, layer)) for z in (y, expected))
+    assert_same(made, right)
+    given = [call.args[1] for call in onednn.call_args_list]
+    assert len(given) == 6
+    assert all(weight.is_contiguous() or weight.t().is_contiguous() for weight in given)
+
+
 def test_deterministic_algorithms_are_not_chosen_by_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     taken(monkeypatch, WAYS[-1])
     weight = torch.zeros(LEAST // 64, 64)
