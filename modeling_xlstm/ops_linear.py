@@ -58,7 +58,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, is_remade: bool = Fal
 
 
 def multiply(layer: nn.Module, x: Tensor, is_remade: bool = False) -> Tensor:
-    """layer(x): by `linear`, of which see `is_remade`, where the layer is an `nn.Linear` that nothing asks to call.
+    """layer(x), by `linear` where it is an `nn.Linear` and nothing asks for a call; `is_remade` as there, or ignored.
 
     A class of our own would do without this function, but libraries that quantise look for `nn.Linear` itself.
     """

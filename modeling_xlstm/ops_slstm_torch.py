@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .ops_common import has_numpy_2, log_gates, token_blocks
+from .ops_common import has_numpy_2, keep_freed_memory, log_gates, token_blocks
 from .states_xlstm import SLSTMState, compute_dtype
 
 
@@ -290,6 +290,7 @@ def slstm_recurrent_torch(
     output_tanh: bool = False,
 ) -> tuple[Tensor, SLSTMState]:
     """All tokens of a sequence. Arguments and results as in `ops_slstm.slstm`; can be differentiated once."""
+    keep_freed_memory()
     dtype = compute_dtype(i_tilde, state)
     B, _, H, P = i_tilde.shape
     x = i_tilde, f_tilde, z_tilde, o_tilde

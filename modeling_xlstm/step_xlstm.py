@@ -31,7 +31,7 @@ from .layers_xlstm import (
     SLSTMLayer,
     UpMLSTMLayer,
 )
-from .ops_common import has_numpy_2
+from .ops_common import has_numpy_2, keep_freed_memory
 from .ops_linear import is_hooked
 from .states_xlstm import LayerState
 from .step_parts_xlstm import Room, plan_block, plan_norm
@@ -97,9 +97,7 @@ class StepPlan:
         self.room = Room(B, D, dtype)
         self.steps = [plan_block(cast(XLSTMBlock, block), self.room) for block in blocks]
         self.norm = plan_norm(norm, self.room)
-        # States are new tensors with every token, and those before are freed together. Once a tensor of nearly 32 MiB
-        # was freed, glibc keeps up to twice as much, instead of returning every state's memory and asking for it anew.
-        torch.empty(31 * 2**20, dtype=torch.uint8)
+        keep_freed_memory()  # states are new tensors with every token, and those before are freed together
 
     def run(self, x: Tensor, states: Sequence[LayerState | None]) -> tuple[Tensor, list[LayerState]]:
         """One real token of each row through all blocks.

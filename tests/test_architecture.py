@@ -94,7 +94,7 @@ MODULES = {
     "training_xlstm": Module(HOME, {"cache_xlstm", CONFIG, TOKENS}, {"torch", "transformers"}),
     "tuning_xlstm": Module(HOME, {"cache_xlstm", STATES}, {"torch"}),
     "quantization_xlstm": Module(HOME, set(), {"torch", "transformers", "torchao"}),
-    "costs_xlstm": Module(HOME, {CONFIG, "layers_xlstm", "modeling_xlstm"}, {"torch"}),
+    "costs_xlstm": Module(HOME, {CONFIG, LINEAR, "layers_xlstm", "modeling_xlstm"}, {"torch"}),
     "gates_xlstm": Module(HOME, {STATES, LEAN}, {"torch"}),
     "memory_xlstm": Module(HOME, {CONFIG, STATES, "modeling_xlstm"}, {"torch"}),
     "recurrent_xlstm": Module(HOME, {STATES, COMMON, "ops_mlstm", "ops_slstm", "layers_xlstm"}, {"torch"}),

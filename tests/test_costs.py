@@ -10,7 +10,7 @@ from inputs import PRODUCTS, STYLES, tiny_config, tiny_model, tokens
 from tolerances import FLOAT32, assert_same
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_xlstm import XLSTMForCausalLM, ops_mlstm_tokens
+from modeling_xlstm import XLSTMForCausalLM, costs_xlstm, ops_mlstm_tokens
 from modeling_xlstm.costs_xlstm import flops_per_token, known_peak_flops, measured_peak_flops
 from modeling_xlstm.gates_xlstm import GateStatistics
 from modeling_xlstm.ops_lean import soft_cap
@@ -53,7 +53,19 @@ def test_devices_are_known_by_whole_words_of_their_names() -> None:
     assert known_peak_flops("NVIDIA L4", "float32") == 30.3e12
     assert known_peak_flops("NVIDIA L40S", "half") == 362e12
     assert known_peak_flops("NVIDIA A10G", "half") is None
-    assert measured_peak_flops(torch.float32, size=32, rounds=1) > 0
+
+
+def test_what_a_cpu_can_do_is_what_layers_get_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, asked = [0.0], []
+
+    def multiply(a: torch.Tensor, b: torch.Tensor, bias: None) -> None:
+        asked.append((a.shape, b.shape))
+        clock[0] += 0.5 ** len(asked)
+
+    monkeypatch.setattr(costs_xlstm, "linear", multiply)
+    monkeypatch.setattr(costs_xlstm.time, "perf_counter", lambda: clock[0])
+    assert measured_peak_flops(torch.float32, size=32, rounds=4) == 2**4 * 2 * 32**3
+    assert asked == 4 * [((32, 32), (32, 32))]
 
 
 @torch.no_grad()
