@@ -91,10 +91,15 @@ def unpack(weight: Tensor) -> None:
     _packed.pop(weight, None)
 
 
+def is_any_packed() -> bool:
+    """Whether any weight of this process is to be packed."""
+    return bool(_packed)
+
+
 def packed_together(B: int, weights: Sequence[Tensor]) -> Packed | None:
     """What B rows are multiplied with instead of the weights, if the first is to be packed and rows gain by that."""
     is_one = B == 1 and weights[0].dtype is torch.float32  # which reads as fast in any order
-    made = _packed.get(weights[0]) if _packed and B <= MOST_PACKED and not is_one else None
+    made = _packed.get(weights[0]) if is_any_packed() and B <= MOST_PACKED and not is_one else None
     if made is None or len({weight.dtype for weight in weights}) > 1:
         return None
     key = tuple(map(id, weights))

@@ -22,7 +22,7 @@ from .layers_xlstm import (
     SLSTMLayer,
     UpMLSTMLayer,
 )
-from .ops_products import LEAST, pack, unpack
+from .ops_products import LEAST, is_any_packed, pack, unpack
 
 
 class XLSTMPreTrainedModel(PreTrainedModel):
@@ -72,7 +72,7 @@ class XLSTMPreTrainedModel(PreTrainedModel):
 
     def train(self, mode: bool = True) -> XLSTMPreTrainedModel:
         """As in torch; training undoes `pack_weights`."""
-        if mode:
+        if mode and is_any_packed():  # Trainer calls this before every step
             self.pack_weights(False)
         return super().train(mode)
 
