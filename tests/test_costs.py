@@ -53,6 +53,7 @@ def test_devices_are_known_by_whole_words_of_their_names() -> None:
     assert known_peak_flops("NVIDIA L4", "float32") == 30.3e12
     assert known_peak_flops("NVIDIA L40S", "half") == 362e12
     assert known_peak_flops("NVIDIA A10G", "half") is None
+    assert measured_peak_flops(torch.float32, size=32, rounds=1) > 0
 
 
 def test_what_a_cpu_can_do_is_what_layers_get_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
