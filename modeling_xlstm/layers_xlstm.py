@@ -383,23 +383,19 @@ class SLSTMLayer(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:
         blocks = token_blocks(x.shape[1], x.shape[0] * x.shape[2])
-        if len(blocks) <= 1 or not self._may_go_in_blocks(x, call):
+        if len(blocks) == 1 or not self._may_go_in_blocks(x, call):
             return self._mix(x, call)
-        part, state = self._mix(x[:, blocks[0]], call.part(blocks[0], call.state))
-        y = part.new_empty(x.shape)
-        y[:, blocks[0]] = part
-        for block in blocks[1:]:
-            y[:, block], state = self._mix(x[:, block], call.part(block, state))
-        return y, state
+        parts, state = [], call.state
+        for block, x_block in zip(blocks, x.split(blocks[0].stop, 1), strict=True):
+            part, state = self._mix(x_block, call.part(block, state))
+            parts.append(part)
+        assert state is not None
+        return torch.cat(parts, 1), state
 
     def _may_go_in_blocks(self, x: Tensor, call: Call) -> bool:
-        """Whether nobody can tell: nothing is kept for later, no part is watched or compiled, nothing drawn at random.
-
-        What is checkpointed is run without gradients first and then with them, and must drop the same.
-        """
-        is_seen = torch.is_grad_enabled() or call.record or type(call) is not Call or torch.compiler.is_compiling()
-        drops = self.training and self.dropout.p > 0
-        return x.is_cpu and not is_seen and not drops and not any(map(is_hooked, self.children()))
+        """Whether nobody can tell: no part is watched, recorded or compiled."""
+        is_seen = call.record or type(call) is not Call or torch.compiler.is_compiling()
+        return x.is_cpu and not is_seen and not any(map(is_hooked, self.children()))
 
     def _mix(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:
         c = x if self.conv is None else self.conv(x, call.state, call.reset)

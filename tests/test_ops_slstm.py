@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import outputs_and_gradients, slstm_inputs, slstm_state
 from tolerances import FLOAT32, assert_identical, assert_same
+from torch import Tensor
 
 from modeling_xlstm import SLSTMState, ops_common, ops_slstm_torch, slstm
 from modeling_xlstm.ops_slstm_reference import slstm_recurrent
@@ -68,6 +69,29 @@ def test_splitting_a_sequence_anywhere_changes_nothing(backend: str, T: int, cut
     first, middle = slstm(*(x[:, :cut] for x in gates), R, **options)
     second, end = slstm(*(x[:, cut:] for x in gates), R, middle, **options)
     assert_same(outputs_and_gradients(torch.cat([first, second], 1), end, [*gates, R]), whole)
+
+
+@pytest.mark.parametrize("seen", ["outputs", "outputs and state"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_state_that_only_later_tokens_see_owes_its_stabiliser_nothing(dtype: torch.dtype, seen: str) -> None:
+    """Rounding alone is not carried back through the tokens before, whose steps are longer for it."""
+    gates, owed = [x.to(dtype) for x in slstm_inputs(9)], []
+    run = ops_slstm_torch._backward
+
+    def note(dgates: Tensor, dh: Tensor, d_ends: list[Any], *rest: Any) -> Any:
+        owed.extend(ends[2] is not None for ends in d_ends if ends is not None)
+        return run(dgates, dh, d_ends, *rest)
+
+    parts, state = [], None
+    for x in zip(*(gate.split(3, 1) for gate in gates[:4]), strict=True):
+        h, state = slstm(*x, gates[4], state, backend="torch")
+        parts.append(h)
+    assert state is not None
+    with mock.patch.object(ops_slstm_torch, "_backward", note):
+        loss = torch.cat(parts, 1).square().sum() + (state.m.sum() if "state" in seen else 0.0)
+        loss.backward()
+    assert len(owed) == (3 if "state" in seen else 2)  # the last part's state is seen by no token
+    assert any(owed) == ("state" in seen)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
