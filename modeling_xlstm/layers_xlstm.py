@@ -385,12 +385,16 @@ class SLSTMLayer(nn.Module):
         blocks = token_blocks(x.shape[1], x.shape[0] * x.shape[2])
         if len(blocks) == 1 or not self._may_go_in_blocks(x, call):
             return self._mix(x, call)
-        parts, state = [], call.state
+        parts, y, state = [], x.new_empty(0), call.state
         for block, x_block in zip(blocks, x.split(blocks[0].stop, 1), strict=True):
             part, state = self._mix(x_block, call.part(block, state))
-            parts.append(part)
+            if torch.is_grad_enabled():
+                parts.append(part)
+            else:  # no part is held longer than it takes to make the next
+                y = y if len(y) else part.new_empty(x.shape)
+                y[:, block] = part
         assert state is not None
-        return torch.cat(parts, 1), state
+        return torch.cat(parts, 1) if parts else y, state
 
     def _may_go_in_blocks(self, x: Tensor, call: Call) -> bool:
         """Whether nobody can tell: no part is watched, recorded or compiled."""
