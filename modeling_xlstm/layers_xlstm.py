@@ -188,8 +188,9 @@ class FeedForward(nn.Module):
         self.gate_proj = None if config.block_style == "residual" else nn.Linear(D, U, bias=config.ffn_bias)
         self.up_proj = nn.Linear(D, U, bias=config.ffn_bias)
         self.down_proj = nn.Linear(U, D, bias=config.ffn_bias)
-        # Transformers has no name for this one.
-        self.act = nn.SELU() if config.hidden_act == "selu" else ACT2FN[config.hidden_act]
+        # Transformers has no name for the first and a class of its own for the second, which a decoding step knows.
+        own = {"selu": nn.SELU, "silu": nn.SiLU}
+        self.act = own[config.hidden_act]() if config.hidden_act in own else ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.ffn_dropout)
 
     def forward(self, x: Tensor) -> Tensor:

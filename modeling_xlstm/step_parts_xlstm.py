@@ -120,13 +120,17 @@ def _add(x: Buffer, bias: Tensor | None, room: Room) -> list[Run]:
 
 
 def _products(layers: Sequence[nn.Module], x: Buffer, outs: Sequence[Buffer], group: Buffer, room: Room) -> Run:
-    """out = layer(x) for several layers, into parts of one buffer."""
+    """out = layer(x) for several layers, into the first parts of one buffer, in their order."""
     weights = [cast(Tensor, layer.weight) for layer in layers]
     biases = [add for layer, out in zip(layers, outs, strict=True) for add in _add(out, _bias(layer), room)]
     packed = packed_together(room.B, weights)
     if packed is not None:
         narrow, sizes = [out.narrow for out in outs], [len(weight) for weight in weights]
-        products: list[Run] = [lambda: torch._foreach_copy_(narrow, packed.times(x.narrow, weights).split(sizes, 1))]
+        row = group.narrow.view(-1)[: sum(sizes)]  # of one row the outputs lie as their product has them
+        if room.B == 1:
+            products: list[Run] = [lambda: row.copy_(packed.times(x.narrow, weights)[0])]
+        else:
+            products = [lambda: torch._foreach_copy_(narrow, packed.times(x.narrow, weights).split(sizes, 1))]
     else:
         pairs = zip(weights, outs, strict=True)
         products = [plan_product(x.narrow, weight.detach(), out.narrow) for weight, out in pairs]
