@@ -170,12 +170,12 @@ def last_inputs(
     x = with_past(x, state, W)
     if lengths is None:
         lengths = torch.full(x.shape[:1], x.shape[1] - W + 1, device=x.device)
-    index = (lengths[:, None] + torch.arange(W - 1, device=x.device))[..., None]  # [B, W - 1, 1]
-    last = x.gather(1, index.expand(-1, -1, x.shape[-1]))
+    index = lengths[:, None] + torch.arange(W - 1, device=x.device)  # [B, W - 1]
+    last = x[torch.arange(len(x), device=x.device)[:, None], index]  # `gather` would keep x for its backward pass
     if reset is not None:
         document = F.pad(reset.cumsum(1), (W - 1, 0))[..., None]
         current = document.gather(1, (lengths + W - 2)[:, None, None])
-        last = last * (document.gather(1, index) == current)
+        last = last * (document.gather(1, index[..., None]) == current)
     return last
 
 
@@ -388,7 +388,7 @@ class SLSTMLayer(nn.Module):
             return self._mix(x, call)
         parts, y, state = [], x.new_empty(0), call.state
         for block, x_block in zip(blocks, x.split(blocks[0].stop, 1), strict=True):
-            part, state = self._mix(x_block, call.part(block, state))
+            part, state = self._mix(x_block.contiguous(), call.part(block, state))
             if torch.is_grad_enabled():
                 parts.append(part)
             else:  # no part is held longer than it takes to make the next

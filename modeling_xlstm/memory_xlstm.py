@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from .configuration_xlstm import XLSTMConfig
 from .modeling_xlstm import XLSTMForCausalLM
+from .ops_common import token_blocks
 from .states_xlstm import Call
 
 
@@ -115,7 +116,7 @@ class Step(NamedTuple):
 # Of an optimizer for each weight: numbers kept in the weights' dtype, bytes beside them, numbers needed for a moment.
 OPTIMIZERS = {"adamw": (2, 0, 0), "adamw_foreach": (2, 0, 1), "adamw_8bit": (0, 2, 0), "sgd": (0, 0, 0)}
 SHARDINGS = ("none", "ddp", "zero2", "zero3")  # FSDP2 that reshards after forward is zero3
-SHORT = 32  # tokens of an sLSTM that is run in the place of a longer one
+SHORT = 32  # tokens at least of an sLSTM that is run in the place of a longer one
 
 
 class Plan(NamedTuple):
@@ -218,14 +219,17 @@ def _autocast(on: bool) -> Iterator[None]:
 
 
 def _block(config: XLSTMConfig, kind: str, plan: Plan) -> Part:
-    """One block of a kind; an sLSTM, whose memory grows evenly with tokens, from two short ones."""
+    """One block of a kind; a long sLSTM, which needs as much for every block of tokens, from two and four of them."""
     fields = {**config.to_dict(), "num_hidden_layers": 1, "block_types": [kind]}
     one = type(config)(**fields)
     if kind == "slstm":
         # It asks its tensors where documents begin, which only real ones can answer.
-        short, longer = (_run_block(one, plan, tokens, contextlib.nullcontext()) for tokens in (SHORT, 2 * SHORT))
-        steps = (plan.tokens - SHORT) / SHORT
-        return Part(*(a + steps * (b - a) for a, b in zip(short, longer, strict=True)))
+        short = max(SHORT, token_blocks(plan.tokens, plan.batch * config.hidden_size)[0].stop)
+        lengths = (plan.tokens,) if plan.tokens <= 4 * short else (2 * short, 4 * short)
+        _run_block(one, plan, lengths[0], contextlib.nullcontext())  # what a process does once is no part of a step
+        first, *more = (_run_block(one, plan, tokens, contextlib.nullcontext()) for tokens in lengths)
+        steps = plan.tokens / (2 * short) - 1
+        return Part(*(a + steps * (b - a) for a, b in zip(first, more[0], strict=True))) if more else first
     return _run_block(one, plan, plan.tokens, FakeTensorMode())
 
 

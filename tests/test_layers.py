@@ -15,6 +15,7 @@ from tolerances import assert_identical, assert_same
 from torch import Tensor, nn
 
 from modeling_xlstm import LayerState, XLSTMModel, ops_common
+from modeling_xlstm.layers_xlstm import last_inputs
 from modeling_xlstm.states_xlstm import Call
 
 D, T = 16, 9
@@ -140,6 +141,15 @@ def test_a_part_is_run_on_few_tokens_at_a_time_where_nobody_can_tell(watched: st
     ):
         layer(frames(), Call(record=watched == "tape"))
     assert sizes == ([4, 4, 1] if "nothing" in watched else [T])
+
+
+def test_the_window_that_a_packed_row_leaves_keeps_no_row_for_the_backward_pass() -> None:
+    kept: list[int] = []
+    x, reset = frames(), torch.zeros(2, T, dtype=torch.bool)
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: (kept.append(y.numel()), y)[1], lambda y: y):
+        last_inputs(x, None, 4, torch.tensor([T, T - 1]), reset)
+    assert kept
+    assert max(kept) < x.numel()
 
 
 def test_what_is_dropped_at_random_is_the_same_with_and_without_gradients() -> None:

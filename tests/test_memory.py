@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 from inputs import STYLES
 from tolerances import assert_foretold
 
-from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
-from modeling_xlstm.memory_xlstm import LiveBytes, Plan, estimate_step
+from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, ops_common
+from modeling_xlstm.memory_xlstm import LiveBytes, Plan, _block, _run_block, estimate_step
 
 
 def small_config(style: str, **fields: Any) -> XLSTMConfig:
@@ -42,6 +43,7 @@ def train(config: XLSTMConfig, plan: Plan) -> None:
 
 def allocated(config: XLSTMConfig, plan: Plan, file: Path) -> int:
     """Most bytes that torch's allocator had given out at a time, by its own account."""
+    train(config, plan)  # what a process does once is no part of a step
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         train(config, plan)
@@ -62,6 +64,20 @@ def test_a_training_step_takes_the_memory_that_was_foretold(style: str, checkpoi
 def test_other_precisions_and_accumulation_take_what_was_foretold(options: dict[str, Any], tmp_path: Path) -> None:
     config, plan = small_config("neurips"), Plan(2, 96, **options)
     assert_foretold(estimate_step(config, plan).peak, allocated(config, plan, tmp_path / "trace.json"))
+
+
+@pytest.mark.parametrize("tokens", [40, 512])  # of a block
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_long_slstm_takes_what_its_first_blocks_of_tokens_foretell(
+    checkpointing: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, plan = small_config("neurips", slstm_at=[0, 1, 2, 3]), Plan(2, 400, checkpointing=checkpointing)
+    monkeypatch.setattr(ops_common, "BLOCK", tokens * plan.batch * config.hidden_size)
+    foretold = _block(config, "slstm", plan)
+    # Twice, for what a process does once is no part of a step.
+    _, measured = (_run_block(config, plan, plan.tokens, contextlib.nullcontext()) for _ in range(2))
+    for estimate, real in zip(foretold, measured, strict=True):
+        assert_foretold(estimate, real)
 
 
 def test_shards_of_weights_gradients_and_optimizer_add_up_to_the_whole() -> None:
