@@ -384,7 +384,7 @@ class SLSTMLayer(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:
         blocks = token_blocks(x.shape[1], x.shape[0] * x.shape[2])
-        if len(blocks) == 1 or not self._may_go_in_blocks(x, call):
+        if len(blocks) <= 1 or not self._may_go_in_blocks(x, call):
             return self._mix(x, call)
         parts, y, state = [], x.new_empty(0), call.state
         for block, x_block in zip(blocks, x.split(blocks[0].stop, 1), strict=True):
@@ -406,7 +406,7 @@ class SLSTMLayer(nn.Module):
         c = x if self.conv is None else self.conv(x, call.state, call.reset)
         linears = (self.igate, c), (self.fgate, c), (self.zgate, x), (self.ogate, x)
         maps = (linear(inputs, bias=bias) for (linear, inputs), bias in zip(linears, self.bias, strict=True))
-        gates = (y.reshape(*x.shape[:-1], self.num_heads, -1) for y in maps)
+        gates = (y.reshape(*x.shape[:-1], self.num_heads, y.shape[-2:].numel() // self.num_heads) for y in maps)
         inputs = (*gates, None if self.conv is None else x, call.reset)
         h, state = call.run(run_slstm, inputs, dataclasses.replace(self.options, recurrent=self.recurrent))
         return self.norm(self.dropout(h)), state

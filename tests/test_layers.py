@@ -152,6 +152,12 @@ def test_the_window_that_a_packed_row_leaves_keeps_no_row_for_the_backward_pass(
     assert max(kept) < x.numel()
 
 
+@every_layer
+def test_no_tokens_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(ValueError, match="needs at least one token; got T = 0"):
+        build(kind)(frames()[:, :0], Call())
+
+
 def test_what_is_dropped_at_random_is_the_same_with_and_without_gradients() -> None:
     """As checkpointing needs it, which runs a part first without them and then with them."""
     layer, ys = build("slstm with convolution").train(), []
