@@ -226,10 +226,10 @@ def _block(config: XLSTMConfig, kind: str, plan: Plan) -> Part:
         # It asks its tensors where documents begin, which only real ones can answer.
         short = max(SHORT, token_blocks(plan.tokens, plan.batch * config.hidden_size)[0].stop)
         lengths = (plan.tokens,) if plan.tokens <= 4 * short else (2 * short, 4 * short)
-        _run_block(one, plan, lengths[0], contextlib.nullcontext())  # what a process does once is no part of a step
-        first, *more = (_run_block(one, plan, tokens, contextlib.nullcontext()) for tokens in lengths)
-        steps = plan.tokens / (2 * short) - 1
-        return Part(*(a + steps * (b - a) for a, b in zip(first, more[0], strict=True))) if more else first
+        runs = [_run_block(one, plan, tokens, contextlib.nullcontext()) for tokens in (lengths[0], *lengths)]
+        first, last = runs[1], runs[-1]  # what a process does once is in the run before them
+        steps = plan.tokens / lengths[0] - 1
+        return Part(*(a + steps * (b - a) for a, b in zip(first, last, strict=True)))
     return _run_block(one, plan, plan.tokens, FakeTensorMode())
 
 

@@ -125,11 +125,12 @@ def _products(layers: Sequence[nn.Module], x: Buffer, outs: Sequence[Buffer], gr
     biases = [add for layer, out in zip(layers, outs, strict=True) for add in _add(out, _bias(layer), room)]
     packed = packed_together(room.B, weights)
     if packed is not None:
-        narrow, sizes = [out.narrow for out in outs], [len(weight) for weight in weights]
-        row = group.narrow.view(-1)[: sum(sizes)]  # of one row the outputs lie as their product has them
-        if room.B == 1:
+        sizes = [len(weight) for weight in weights]
+        if room.B == 1:  # the outputs lie as their product has them
+            row = group.narrow.view(-1)[: sum(sizes)]
             products: list[Run] = [lambda: row.copy_(packed.times(x.narrow, weights)[0])]
         else:
+            narrow = [out.narrow for out in outs]
             products = [lambda: torch._foreach_copy_(narrow, packed.times(x.narrow, weights).split(sizes, 1))]
     else:
         pairs = zip(weights, outs, strict=True)

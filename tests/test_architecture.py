@@ -96,7 +96,7 @@ MODULES = {
     "quantization_xlstm": Module(HOME, set(), {"torch", "transformers", "torchao"}),
     "costs_xlstm": Module(HOME, {CONFIG, LINEAR, "layers_xlstm", "modeling_xlstm"}, {"torch"}),
     "gates_xlstm": Module(HOME, {STATES, LEAN}, {"torch"}),
-    "memory_xlstm": Module(HOME, {CONFIG, STATES, "modeling_xlstm", "ops_common"}, {"torch"}),
+    "memory_xlstm": Module(HOME, {CONFIG, STATES, COMMON, "modeling_xlstm"}, {"torch"}),
     "recurrent_xlstm": Module(HOME, {STATES, COMMON, "ops_mlstm", "ops_slstm", "layers_xlstm"}, {"torch"}),
     "sequence_xlstm": Module(HOME, {CONFIG, "modeling_xlstm", "forecasting_xlstm"}, {"torch"}),
     "forecasting_cells": Module(HOME + 1, {STATES, COMMON, "recurrent_xlstm"}, {"torch"}),
