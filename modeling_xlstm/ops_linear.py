@@ -44,7 +44,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, is_remade: bool = Fal
         half = torch.get_autocast_dtype("cpu")
         x, weight, bias = x.to(half), weight.to(half), None if bias is None else bias.to(half)
     if torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
+        return _linear_of_sums(x, weight, bias) if _is_for_sums(x, weight, x.shape[:-1]) else F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         packed = packed_together(x.shape[:-1].numel(), (weight,))
         if packed is not None and packed.dtype is x.dtype:
@@ -89,6 +89,9 @@ def bmm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     is_autocast = torch.is_autocast_enabled(a.device.type)
     if a.element_size() == 2 and _gains(a, b, a.shape[1], b.shape[2]) and not is_autocast:
         y: Tensor = _Products.apply(a, b)
+    elif torch.compiler.is_compiling() and _is_for_sums(a, b, a.shape[1:2]) and not is_autocast:
+        y = _sums(a, b.mT)
+        return (y if bias is None else y + bias).to(a.dtype)
     elif bias is not None and not is_autocast:
         return torch.baddbmm(bias, a, b)  # no tensor more
     else:
@@ -105,6 +108,30 @@ def _gains(a: Tensor, b: Tensor, rows: int, columns: int) -> bool:
     if a.element_size() == 2:
         return min(rows - ROWS, columns - COLUMNS) >= 0 and not has_units(a.dtype)
     return way_of(rows, b) != "whole"
+
+
+def _is_for_sums(x: Tensor, weight: Tensor, rows: torch.Size) -> bool:
+    """Whether a compiled product is faster as sums, which a compiler puts into one loop with what stands around them.
+
+    A library's product has to be called, and reads a matrix for few rows more slowly. Adding up takes longer than
+    reading only where there are more rows than bytes in a number.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_exporting():  # who exports wants products
+        return False
+    is_plain = x.is_cpu and x.dtype is weight.dtype and {type(x), type(weight)} <= {Tensor, nn.Parameter}
+    return is_plain and 0 < rows.numel() <= weight.element_size()
+
+
+def _sums(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight.T in float32 or wider, row by row: [..., B, I] and [..., O, I] -> [..., B, O]."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    weight = weight.to(wide)
+    return torch.stack([(weight * row.to(wide)[..., None, :]).sum(-1) for row in x.unbind(-2)], -2)
+
+
+def _linear_of_sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = _sums(x.flatten(0, -2), weight)
+    return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

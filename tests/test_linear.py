@@ -131,3 +131,48 @@ def test_a_layer_that_is_more_than_its_product_is_called() -> None:
     plain.register_full_backward_hook(lambda *call: seen.append(call))
     multiply(plain, x.requires_grad_()).float().sum().backward()
     assert len(seen) == 1
+
+
+def compiled(function: Any, inputs: list[Tensor]) -> tuple[Tensor, set[str]]:
+    """What a compiled function returns, and the operations that it calls."""
+    called = set()
+
+    def backend(graph: Any, _: Any) -> Any:
+        called.update(getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    return torch.compile(function, backend=backend, fullgraph=True)(*inputs), called
+
+
+PRODUCTS = {"linear", "bmm", "baddbmm"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_compiled_few_rows_are_multiplied_as_sums_unless_gradients_are_on(dtype: torch.dtype) -> None:
+    for rows in (1, dtype.itemsize, dtype.itemsize + 1):
+        cases = [
+            (linear, draw((rows, 1, 48), (32, 48), (32,), dtype=dtype)),
+            (lambda x, weight: linear(x, weight, None), draw((rows, 48), (32, 48), dtype=dtype)),
+            (bmm, draw((3, rows, 48), (3, 48, 32), (3, 1, 32), dtype=dtype)),
+            (bmm, draw((3, rows, 48), (3, 48, 32), dtype=dtype)),
+        ]
+        for function, inputs in cases:
+            with torch.no_grad():
+                y, called = compiled(function, inputs)
+                expected = function(*(x.double() for x in inputs)).to(dtype)
+            assert_same(y, expected)
+            assert (not called & PRODUCTS) is (rows <= dtype.itemsize)
+            assert compiled(function, inputs)[1] & PRODUCTS
+
+
+class Product(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_product_is_one(strict: bool) -> None:
+    with torch.no_grad():
+        exported = torch.export.export(Product(48, 32), (torch.randn(1, 48),), strict=strict)
+    assert any("linear" in str(node.target) for node in exported.graph.nodes)
