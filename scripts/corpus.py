@@ -104,6 +104,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         eos_token=END,
         pad_token=PAD,
         model_input_names=["input_ids", "attention_mask"],
+        padding_side="left",  # `generate` goes on from the last column
     )
 
 

@@ -19,6 +19,7 @@ import pyarrow
 import pytest
 import torch
 from checkout import ROOT
+from inputs import tiny_model
 from safetensors.torch import load_file
 from tolerances import BFLOAT16, FLOAT32, assert_identical, assert_same
 from transformers import AutoTokenizer
@@ -213,6 +214,19 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(script: ModuleType)
     tokenizer = script.load_or_train_tokenizer(Path("tokenizer"), texts, 320)
     with pytest.raises(script.WrongInput, match="and the model knows 300"):
         train_data.encode(tokenizer, texts, 300)
+
+
+def test_prompts_encoded_together_are_continued_as_each_alone(script: ModuleType) -> None:
+    texts = [Path("first.txt").read_text("utf-8")]
+    script.load_or_train_tokenizer(Path("tokenizer"), texts, 320)
+    tokenizer, model = AutoTokenizer.from_pretrained("tokenizer"), tiny_model(XLSTMForCausalLM, vocab_size=320)
+    model.generation_config.eos_token_id = None
+    prompts, ids = ["a", texts[0][:40]], []
+    for given in (prompts, prompts[:1], prompts[1:]):
+        encoded = tokenizer(given, return_tensors="pt", padding=True)
+        new = model.generate(**encoded, max_new_tokens=8, do_sample=False)
+        ids.append(new[:, encoded.input_ids.shape[1] :])
+    assert_identical(ids[0], torch.cat(ids[1:]))
 
 
 def test_columns_of_jsonl_and_parquet_are_read_and_some_documents_held_out(script: ModuleType) -> None:
