@@ -43,13 +43,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, is_remade: bool = Fal
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")
         x, weight, bias = x.to(half), weight.to(half), None if bias is None else bias.to(half)
+    rows = x.shape[:-1].numel()
     if torch.compiler.is_compiling():
-        return _linear_of_sums(x, weight, bias) if _is_for_sums(x, weight, x.shape[:-1]) else F.linear(x, weight, bias)
+        if _is_for_sums(x, weight, rows):
+            return _sums(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
+        return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
-        packed = packed_together(x.shape[:-1].numel(), (weight,))
+        packed = packed_together(rows, (weight,))
         if packed is not None and packed.dtype is x.dtype:
             return packed.times(x, (weight,), bias)
-    if not _gains(x, weight, x.shape[:-1].numel(), weight.shape[0]):
+    if not _gains(x, weight, rows, weight.shape[0]):
         return F.linear(x, weight, bias)
     if x.dtype is torch.float32 and not torch.is_grad_enabled():
         return _linear(x, weight, bias)
@@ -86,31 +89,32 @@ def is_hooked(module: nn.Module) -> bool:
 
 def bmm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.bmm` of [G, M, K] and [G, K, N], the same to a rounding, plus a bias [G, 1, N]; not for autocast."""
-    is_autocast = torch.is_autocast_enabled(a.device.type)
-    if a.element_size() == 2 and _gains(a, b, a.shape[1], b.shape[2]) and not is_autocast:
-        y: Tensor = _Products.apply(a, b)
-    elif torch.compiler.is_compiling() and _is_for_sums(a, b, a.shape[1:2]) and not is_autocast:
-        y = _sums(a, b.mT)
-        return (y if bias is None else y + bias).to(a.dtype)
-    elif bias is not None and not is_autocast:
-        return torch.baddbmm(bias, a, b)  # no tensor more
-    else:
-        y = torch.bmm(a, b)
-    return y if bias is None else y + bias  # under autocast not rounded to half precision
+    if torch.is_autocast_enabled(a.device.type):
+        y: Tensor = torch.bmm(a, b)
+        return y if bias is None else y + bias  # not rounded to half precision
+    if a.element_size() == 2 and _gains(a, b, a.shape[1], b.shape[2]):
+        y = _Products.apply(a, b)
+        return y if bias is None else y + bias
+    if torch.compiler.is_compiling() and _is_for_sums(a, b, a.shape[1]):
+        return _sums(a, b.mT, bias)
+    return torch.bmm(a, b) if bias is None else torch.baddbmm(bias, a, b)  # no tensor more
+
+
+def _are_plain(a: Tensor, b: Tensor) -> bool:
+    """Whether both are on the CPU, of one dtype, and plain tensors, which quantised weights are not."""
+    return a.is_cpu and a.dtype is b.dtype and {type(a), type(b)} <= {Tensor, nn.Parameter}
 
 
 def _gains(a: Tensor, b: Tensor, rows: int, columns: int) -> bool:
-    """Whether torch's own product of plain tensors on the CPU is slower than ours."""
-    if not a.is_cpu or torch.compiler.is_compiling() or not {type(a), type(b)} <= {Tensor, nn.Parameter}:
-        return False
-    if a.dtype is not b.dtype:
+    """Whether torch's own product of plain tensors is slower than ours."""
+    if torch.compiler.is_compiling() or not _are_plain(a, b):
         return False
     if a.element_size() == 2:
         return min(rows - ROWS, columns - COLUMNS) >= 0 and not has_units(a.dtype)
     return way_of(rows, b) != "whole"
 
 
-def _is_for_sums(x: Tensor, weight: Tensor, rows: torch.Size) -> bool:
+def _is_for_sums(x: Tensor, weight: Tensor, rows: int) -> bool:
     """Whether a compiled product is faster as sums, which a compiler puts into one loop with what stands around them.
 
     A library's product has to be called, and reads a matrix for few rows more slowly. Adding up takes longer than
@@ -118,20 +122,15 @@ def _is_for_sums(x: Tensor, weight: Tensor, rows: torch.Size) -> bool:
     """
     if torch.is_grad_enabled() or torch.compiler.is_exporting():  # who exports wants products
         return False
-    is_plain = x.is_cpu and x.dtype is weight.dtype and {type(x), type(weight)} <= {Tensor, nn.Parameter}
-    return is_plain and 0 < rows.numel() <= weight.element_size()
+    return _are_plain(x, weight) and 0 < rows <= weight.element_size()
 
 
-def _sums(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight.T in float32 or wider, row by row: [..., B, I] and [..., O, I] -> [..., B, O]."""
+def _sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight.T + bias, row by row in float32 or wider: [..., B, I] and [..., O, I] -> [..., B, O]."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     weight = weight.to(wide)
-    return torch.stack([(weight * row.to(wide)[..., None, :]).sum(-1) for row in x.unbind(-2)], -2)
-
-
-def _linear_of_sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = _sums(x.flatten(0, -2), weight)
-    return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
+    y = torch.stack([(weight * row.to(wide)[..., None, :]).sum(-1) for row in x.unbind(-2)], -2)
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
