@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -195,12 +196,13 @@ def test_what_was_ended_by_an_end_token_goes_on_without_it(
     [
         (["--prompt", "a", "--temperature", "0", "--top_p", "0.5"], "`--top_p` must not stand beside --temperature 0"),
         (["--chat", "--max_new_tokens", "0"], "`--max_new_tokens` must be at least 1"),
+        (["--prompt", "a", "--compile", "--pack_weights"], "`--compile` must not stand beside --pack_weights"),
         (["--prompt", "a", "--output", "x"], "`--output` belongs to --prompts_file"),
         (["--prompts_file", "x", "--save_state", "y"], "`--save_state` keeps the state of one text"),
         (["--prompt", "a", "--save_state", "no/such/file"], "`--save_state` must name a file in a folder that exists"),
         (["--prompt", "a"], "The checkpoint must be a folder with a model and its tokenizer; nowhere has no config"),
     ],
-    ids=["top_p", "max_new_tokens", "output", "many states", "folder", "checkpoint"],
+    ids=["top_p", "max_new_tokens", "compile", "output", "many states", "folder", "checkpoint"],
 )
 def test_flags_that_cannot_be_followed_are_refused_by_name(
     options: list[str], message: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -231,6 +233,29 @@ def test_weights_are_packed_where_that_can_be(
     assert texts[0] == texts[1]
     monkeypatch.setattr(ops_products, "LEAST", 2**30)
     with pytest.raises(SystemExit, match="`--pack_weights` cannot be followed: `pack_weights` needs linear layers"):
+        script.main()
+
+
+def test_steps_are_compiled_on_request_unless_the_compiler_is_missing(
+    checkpoint: Checkpoint, script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    greedy, texts = ["--temperature", "0", "--max_new_tokens", str(NEW)], []
+    steps = Mock(side_effect=lambda step, **_: step)
+    monkeypatch.setattr(torch, "compile", steps)
+    for flags in ([], ["--compile"]):
+        assert not steps.called
+        monkeypatch.setattr(sys, "argv", ["generate.py", str(checkpoint.folder), "--prompt", FIRST, *greedy, *flags])
+        script.main()
+        texts.append(capsys.readouterr().out)
+    assert steps.call_count == 1
+    assert texts[0] == texts[1]
+    steps.side_effect = lambda step, **_: Mock(side_effect=InductorError(InvalidCxxCompiler("c++"), None))
+    with pytest.raises(SystemExit, match=re.escape("`--compile` needs a C++ compiler: Compiler: c++ is not found.")):
+        script.main()
+    steps.side_effect = lambda step, **_: Mock(side_effect=InductorError(RuntimeError("another"), None))
+    with pytest.raises(InductorError, match="another"):
         script.main()
 
 
