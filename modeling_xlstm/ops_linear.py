@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .ops_products import packed_together, product, product_of_columns, way_of
+from .ops_products import FEW, capabilities, packed_together, product, product_of_columns, way_of
 
 ROWS, COLUMNS = 64, 32  # of a result in half precision; with fewer, converting operands takes what the product gains
 UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
@@ -25,7 +25,7 @@ UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp
 @functools.cache
 def has_units(dtype: torch.dtype) -> bool:
     """Whether the CPU multiplies numbers of this dtype itself; True too where torch cannot tell."""
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of a later torch than 2.7
+    known = capabilities()
     if dtype not in UNITS or known.get("architecture") != "x86_64":
         return True
     return any(known.get(unit) for unit in UNITS[dtype])
@@ -111,6 +111,8 @@ def _gains(a: Tensor, b: Tensor, rows: int, columns: int) -> bool:
         return False
     if a.element_size() == 2:
         return min(rows - ROWS, columns - COLUMNS) >= 0 and not has_units(a.dtype)
+    if rows <= FEW and torch.is_grad_enabled():  # see `ops_products`
+        return False
     return way_of(rows, b) != "whole"
 
 

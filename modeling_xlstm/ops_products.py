@@ -3,7 +3,9 @@
 torch multiplies float32 with MKL, which is slow on some CPUs. On AMD's Zen 5 it reads a matrix for a few rows with one
 thread, at 10 GB/s, where a batch of the matrix' parts is read by all threads, at up to 40. Of many rows it multiplies
 with units of half the width: 195 GFLOP/s in two threads, where oneDNN, which torch takes for other dtypes and has for
-this one, reaches 450. Which way is the fastest depends on the CPU and the number of rows, so it is measured.
+this one, reaches 450. The fastest way for few rows depends on the CPU and their number, so it is measured. For many
+the CPU decides, and few have torch's own way where there are gradients: clocks err while others compute, and a training
+that is stopped and resumed is to round as one that is not.
 
 Whoever has the memory can also pack a matrix: keep it once more, in the order in which oneDNN reads it the fastest.
 """
@@ -20,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-FEW = 16  # rows for which parts of a matrix are tried
-MANY = 256  # rows for which more than few are measured
+FEW = 16  # rows for which the ways are measured
 LEAST = 2**16  # numbers of a matrix for which another way is worth its calls to few rows
 LEAST_OF_MANY = 2**22  # multiplications for which another way is worth its call to many
 GAIN = 1.1  # how many times as fast another way must be: less may be the noise of measuring
@@ -122,7 +123,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product_of_columns(a: Tensor, b: Tensor) -> Tensor:
-    """a.T b of a [B, O] and b [B, I], on the CPU; not for gradients."""
+    """a.T b of a [B, O] and b [B, I], on the CPU: the gradient of a weight; not for gradients of it."""
+    if a.shape[1] <= FEW:  # no clock decides
+        return a.t() @ b
     if way_of(a.shape[1], b.t()) == "onednn" and a.shape[1] > b.shape[1]:
         return _by_onednn(b.t(), a.t(), None).t()  # what comes first is copied to turn it around
     return product(a.t(), b.t())
@@ -171,26 +174,40 @@ def _parts(outputs: int) -> int:
 
 
 def way_of(B: int, weight: Tensor) -> str:
-    """The way in which B rows are multiplied with a matrix [O, I]; torch's if every process is to take the same."""
+    """The way in which B rows are multiplied with a matrix [O, I]; torch's if every machine is to take the same."""
     few = B <= FEW
     is_small = weight.numel() < LEAST if few else B * weight.numel() < LEAST_OF_MANY
     if is_small or B == 0 or weight.dtype is not torch.float32 or torch.are_deterministic_algorithms_enabled():
         return "whole"
-    spent = seconds(B if few else MANY, torch.get_num_threads())
-    has_parts = few and weight.is_contiguous() and _parts(len(weight)) > 1
-    may = {**dict.fromkeys(PARTS, has_parts), "onednn": torch.backends.mkldnn.enabled}
+    has_onednn = _onednn is not None and torch.backends.mkldnn.enabled
+    if not few:
+        return "onednn" if has_onednn and is_mkl_narrow() else "whole"
+    spent = seconds(B, torch.get_num_threads())
+    may = {**dict.fromkeys(PARTS, weight.is_contiguous() and _parts(len(weight)) > 1), "onednn": has_onednn}
     best = min((way for way in spent if may.get(way, True)), key=lambda way: spent[way])
     return best if spent["whole"] > GAIN * spent[best] else "whole"
 
 
+def capabilities() -> dict[str, Any]:
+    """What torch tells of the CPU; torch 2.7 nothing."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return known
+
+
+@functools.cache
+def is_mkl_narrow() -> bool:
+    """Whether MKL multiplies with units of half the width that oneDNN uses: on AMD's CPUs since Zen 5."""
+    known = capabilities()  # AVX-VNNI came to AMD with units of 512 bits; before, those of AVX-512 were of 256
+    is_wide_amd = known.get("cpu_name", "").startswith("AMD") and known.get("avx512_f") and known.get("avx_vnni")
+    return bool(is_wide_amd) and torch.backends.mkl.is_available()
+
+
 @functools.cache
 def seconds(B: int, threads: int) -> dict[str, float]:
-    """What B rows take in each way with so many threads: measured once, few of them on matrices that no cache holds."""
+    """What B rows take in each way with so many threads: measured once, on matrices that no cache holds."""
     place: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are now
-    few = B <= FEW
-    weights, x = torch.ones(16 if few else 2, 2048, 512, **place), torch.ones(B, 512, **place)
-    out, ways = torch.empty(B, 2048, **place), [way for way in WAYS if few or way not in PARTS]
-    products = {way: [plan_product_by(way, x, w, out) for w in weights] for way in ways}
+    weights, x, out = (torch.ones(size, **place) for size in ((16, 2048, 512), (B, 512), (B, 2048)))
+    products = {way: [plan_product_by(way, x, w, out) for w in weights] for way in WAYS}
     spent: dict[str, list[float]] = {way: [] for way in products}
     for _ in range(5):
         for way, runs in products.items():

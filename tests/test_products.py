@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import unittest.mock
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,6 @@ from modeling_xlstm.ops_products import (
     FEW,
     LEAST,
     LEAST_OF_MANY,
-    MANY,
     PARTS,
     WAYS,
     plan_product_by,
@@ -37,6 +38,7 @@ def taken(monkeypatch: pytest.MonkeyPatch, way: str, least: int | None = None) -
         return ways[-1]
 
     monkeypatch.setattr(ops_products, "seconds", lambda rows, threads: {**dict.fromkeys(WAYS, 3.0), way: 1.0})
+    monkeypatch.setattr(ops_products, "is_mkl_narrow", lambda: way == "onednn")
     monkeypatch.setattr(ops_products, "way_of", noted)
     if least is not None:
         monkeypatch.setattr(ops_products, "LEAST", least)
@@ -134,9 +136,8 @@ def test_deterministic_algorithms_are_not_chosen_by_their_time(monkeypatch: pyte
         ({"whole": 1.05, "columns": 1, "rows": 2, "onednn": 1.02}, "whole"),  # too near to tell
     ],
 )
-@pytest.mark.parametrize("rows", [1, MANY])
-def test_the_fastest_way_is_measured(
-    rows: int, spent: dict[str, float], best: str, monkeypatch: pytest.MonkeyPatch
+def test_the_fastest_way_of_few_rows_is_measured(
+    spent: dict[str, float], best: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
 
@@ -146,9 +147,40 @@ def test_the_fastest_way_is_measured(
     monkeypatch.setattr(ops_products, "plan_product_by", pretend)
     monkeypatch.setattr(ops_products.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(ops_products, "seconds", functools.cache(ops_products.seconds.__wrapped__))
-    weight = torch.zeros(1024, 64)
-    has = best in WAYS and (rows <= FEW or best not in PARTS)
-    assert way_of(rows, weight) == (best if has else "whole")
+    assert way_of(1, torch.zeros(1024, 64)) == (best if best in WAYS else "whole")
+
+
+@pytest.mark.parametrize(
+    ("known", "narrow"),
+    [
+        ({"cpu_name": "AMD EPYC 9755", "avx512_f": True, "avx_vnni": True}, True),
+        ({"cpu_name": "AMD EPYC 9654", "avx512_f": True, "avx_vnni": False}, False),
+        ({"cpu_name": "Intel Xeon 6980P", "avx512_f": True, "avx_vnni": True}, False),
+        ({}, False),
+    ],
+)
+def test_many_rows_go_through_onednn_where_mkl_uses_half_the_units(
+    known: dict[str, Any], narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops_products, "is_mkl_narrow", ops_products.is_mkl_narrow.__wrapped__)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    expected = "onednn" if narrow and torch.backends.mkl.is_available() and "onednn" in WAYS else "whole"
+    assert way_of(FEW + 1, torch.zeros(LEAST_OF_MANY // 64, 64)) == expected
+
+
+def test_no_clock_decides_how_a_training_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(rows: int, threads: int) -> dict[str, float]:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(ops_products, "seconds", forbidden)
+    monkeypatch.setattr(ops_products, "is_mkl_narrow", lambda: True)
+    monkeypatch.setattr(ops_products, "LEAST", 1)
+    monkeypatch.setattr(ops_products, "LEAST_OF_MANY", 1)
+    for rows, *widths in itertools.product((1, FEW, FEW + 1), repeat=3):
+        x, weight = torch.randn(rows, widths[0], requires_grad=True), torch.randn(widths[::-1], requires_grad=True)
+        linear(x, weight, None).sum().backward()
+    with torch.no_grad(), pytest.raises(AssertionError, match="measured"):
+        linear(x[:1], weight, None)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -189,7 +221,7 @@ def test_a_layer_is_entered_only_where_nothing_asks_for_its_call(monkeypatch: py
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("rows", [3, 70])
-def test_a_layer_and_its_gradients_are_those_of_float64_in_every_way(
+def test_a_layer_and_its_gradients_are_those_of_float64_whatever_way_is_the_fastest(
     way: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = [torch.randn(size).requires_grad_() for size in ((2, rows, 40), (64, 40), (64,))]
@@ -199,8 +231,7 @@ def test_a_layer_and_its_gradients_are_those_of_float64_in_every_way(
     expected = nn.functional.linear(wide[0], *wide[1:])
     made, right = ((z, *torch.autograd.grad(z.square().sum(), xs)) for z, xs in ((y, inputs), (expected, wide)))
     assert_same(made, tuple(x.float() for x in right))
-    is_taken = way == "onednn" or (way in PARTS and 2 * rows <= FEW)
-    assert (way in ways) == is_taken
+    assert (way in ways) == (way == "onednn" and 2 * rows > FEW)
 
 
 @pytest.mark.skipif("onednn" not in WAYS, reason="needs oneDNN")
