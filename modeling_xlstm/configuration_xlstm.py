@@ -324,7 +324,7 @@ class XLSTMConfig(PreTrainedConfig):
         return ["linear_attention"] * self.num_hidden_layers
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+    def base_model_tp_plan(self) -> dict[str, str]:
         """Which weights tensor parallelism cuts, in Transformers' words: mLSTM heads where they are independent.
 
         Every process runs the whole cells of sLSTM mixers, and of the neurips style, whose gates look at all heads.
@@ -340,7 +340,14 @@ class XLSTMConfig(PreTrainedConfig):
         if self.ffn_size and (self.block_style != "neurips" or "slstm" in (self.block_types or [])):
             gate = {} if self.block_style == "residual" else {"ffn.gate_proj": "colwise"}
             plan |= {**gate, "ffn.up_proj": "colwise", "ffn.down_proj": "rowwise"}
-        return {f"layers.*.{name}": style for name, style in plan.items()}
+        return {"embed_tokens": "embedding_rowwise", **{f"layers.*.{name}": style for name, style in plan.items()}}
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        if plan != self.base_model_tp_plan:  # Transformers before 5.21 sets the rule of a tied embedding again
+            raise AttributeError(
+                f"`base_model_tp_plan` follows from other fields; got {plan}. Use `DistributedConfig(tp_plan=...)`."
+            )
 
     @property
     def inner_size(self) -> int:

@@ -208,8 +208,15 @@ def _model(config: XLSTMConfig, plan: Plan) -> Any:
     dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
     model: Any = XLSTMForCausalLM._from_config(config, dtype=dtype).train()
     if plan.checkpointing:
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     return model
+
+
+def enable_checkpointing(model: Any, **options: Any) -> None:
+    """Have blocks computed again in the backward pass; the options are those of torch's checkpoint."""
+    # The newer name first, which Transformers has since 5.23: there the older one warns.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options or None)
 
 
 @contextlib.contextmanager

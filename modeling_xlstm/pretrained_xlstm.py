@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
@@ -79,6 +80,17 @@ class XLSTMPreTrainedModel(PreTrainedModel):
     def _apply(self, *args: Any, **kwargs: Any) -> XLSTMPreTrainedModel:
         self.pack_weights(False)  # the memory that weights move out of
         return super()._apply(*args, **kwargs)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, whose releases before 5.23 would cut an sLSTM's gates as they cut an mLSTM's."""
+        is_cut = distributed_config is not None and distributed_config.tp_size > 1
+        if is_cut and not hasattr(PreTrainedModel, "_resolve_parallel_plans"):
+            raise ImportError(
+                f"Tensor parallelism needs transformers 5.23 or newer; this is {transformers.__version__}. Update it, "
+                "or use the processes for data (`fsdp_size`)."
+            )
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def _resolve_parallel_plans(self, distributed_config: Any) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
         # A plan tells blocks apart by their names only, and both kinds of mixers have gates of the same names.

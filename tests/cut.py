@@ -9,11 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from modeling_xlstm import XLSTMForCausalLM
 
 PROMPT, NEW = 5, 6
+LAYOUTS: dict[str, dict[str, Any]] = {"fsdp": {"fsdp_size": 2}}
+if hasattr(PreTrainedModel, "_resolve_parallel_plans"):  # with an older Transformers, heads are not cut
+    LAYOUTS["tp"] = {"tp_plan": "auto"}
 
 
 def whole(x: Tensor) -> Tensor:
@@ -40,7 +44,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     for checkpoint in sorted(path.parent for path in Path(sys.argv[1]).glob("*/config.json")):
         ids = torch.load(checkpoint / "ids.pt")
-        for kind, layout in (("tp", {"tp_plan": "auto"}), ("fsdp", {"fsdp_size": 2})):
+        for kind, layout in LAYOUTS.items():
             model = XLSTMForCausalLM.from_pretrained(
                 checkpoint, dtype=torch.float64, distributed_config=DistributedConfig(**layout)
             )

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from inputs import tiny_model, tokens
-from test_model import enable_checkpointing
 from tolerances import assert_same
 
 from modeling_xlstm import XLSTMForCausalLM
+from modeling_xlstm.memory_xlstm import enable_checkpointing
 
 COUNTERS = torch._dynamo.utils.counters
 B, T = 2, 13

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_xlstm import XLSTMForCausalLM, costs_xlstm, ops_mlstm_tokens
 from modeling_xlstm.costs_xlstm import flops_per_token, known_peak_flops, measured_peak_flops
 from modeling_xlstm.gates_xlstm import GateStatistics
+from modeling_xlstm.memory_xlstm import enable_checkpointing
 from modeling_xlstm.ops_lean import soft_cap
 from modeling_xlstm.states_xlstm import Call
 
@@ -97,7 +98,7 @@ def test_gate_statistics_are_those_of_the_pre_activations_the_cells_use(style: s
     model, ids = tiny_model(XLSTMForCausalLM, style), tokens(2, 9)
     gates = pre_activations(model, ids)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     statistics = GateStatistics()
     with statistics.watching(model.train()):
         model(ids, labels=ids).loss.backward()

@@ -9,9 +9,10 @@ from typing import Any
 import cut
 import pytest
 import torch
-from inputs import tiny_model, tokens
+from inputs import tiny_config, tiny_model, tokens
 from processes import launch_two
 from tolerances import TRAINED, assert_identical, assert_same
+from transformers.distributed.mixin import DistributedMixin
 
 from modeling_xlstm import XLSTMForCausalLM
 
@@ -39,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tp", "fsdp"])
+@pytest.mark.parametrize("kind", cut.LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_cut_over_two_processes_computes_what_it_computes_in_one(name: str, kind: str, models: Any) -> None:
     folder, wanted, model = models[name]
@@ -56,7 +57,7 @@ def test_a_model_cut_over_two_processes_computes_what_it_computes_in_one(name: s
 def test_a_process_with_some_of_the_heads_does_not_save_their_states_as_the_model_s(models: Any) -> None:
     for name, (folder, _, _) in models.items():
         refused = folder / "states-1.txt"
-        assert refused.exists() == (name != "neurips")
+        assert refused.exists() == (name != "neurips" and "tp" in cut.LAYOUTS)
         if refused.exists():
             assert "cut over processes" in refused.read_text("utf-8")
 
@@ -76,3 +77,19 @@ def test_heads_that_do_not_divide_over_the_processes_are_refused() -> None:
     model = tiny_model(XLSTMForCausalLM, num_heads=4)
     with pytest.raises(ValueError, match=r"`tp_size` must divide `num_heads`.* got 6 and 4\. Use 2"):
         model._resolve_parallel_plans(SimpleNamespace(tp_size=6))
+
+
+def test_transformers_that_cannot_tell_the_blocks_apart_cuts_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(XLSTMForCausalLM)
+    monkeypatch.delattr(DistributedMixin, "_resolve_parallel_plans", raising=False)
+    with pytest.raises(ImportError, match=r"Tensor parallelism needs transformers 5\.23 or newer"):
+        model.maybe_distribute_model(model, SimpleNamespace(tp_size=2), None)
+    for alone in (None, SimpleNamespace(tp_size=1)):
+        assert model.maybe_distribute_model(model, alone, None) is model
+
+
+def test_the_plan_follows_from_the_other_fields() -> None:
+    config = tiny_config(tie_word_embeddings=True)
+    config.base_model_tp_plan = {**config.base_model_tp_plan, "embed_tokens": "embedding_rowwise"}
+    with pytest.raises(AttributeError, match=r"`base_model_tp_plan` follows from other fields; got \{'x': 'y'\}"):
+        config.base_model_tp_plan = {"x": "y"}

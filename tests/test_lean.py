@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_xlstm import XLSTMForCausalLM, ops_common, ops_lean, slstm
 from modeling_xlstm.layers_xlstm import FeedForward, MLSTMLayer, UpMLSTMLayer
+from modeling_xlstm.memory_xlstm import enable_checkpointing
 from modeling_xlstm.ops_lean import causal_conv, cross_entropy, make_again, project, rms_norm, soft_cap
 from modeling_xlstm.states_xlstm import Call
 
@@ -269,8 +270,7 @@ def test_gradient_checkpointing_goes_around_what_is_made_again(style: str, reent
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     plain, size = run(), kept(lambda: model(ids, labels=ids), model)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
+    enable_checkpointing(model, use_reentrant=reentrant)
     assert_same(run(), plain)
     assert kept(lambda: model(ids, labels=ids), model) < size
 

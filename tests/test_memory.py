@@ -14,7 +14,7 @@ from inputs import STYLES
 from tolerances import assert_foretold
 
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, ops_common
-from modeling_xlstm.memory_xlstm import LiveBytes, Plan, _block, _run_block, estimate_step
+from modeling_xlstm.memory_xlstm import LiveBytes, Plan, _block, _run_block, enable_checkpointing, estimate_step
 
 
 def small_config(style: str, **fields: Any) -> XLSTMConfig:
@@ -26,7 +26,7 @@ def train(config: XLSTMConfig, plan: Plan) -> None:
     """Two optimizer steps on packed rows, as Trainer makes them."""
     model: Any = XLSTMForCausalLM(config).train()
     if plan.checkpointing:
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     if plan.precision == "bfloat16":
         model.bfloat16()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

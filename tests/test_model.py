@@ -23,17 +23,12 @@ from modeling_xlstm import (
     XLSTMForTokenClassification,
     XLSTMModel,
 )
+from modeling_xlstm.memory_xlstm import enable_checkpointing
 from modeling_xlstm.states_xlstm import Call
 
 VARIANTS = ["mlstm", "slstm", "mixed"]
 every_style = pytest.mark.parametrize("style", STYLES)
 every_mixture = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def enable_checkpointing(model: Any, **options: Any) -> None:
-    # The newer name first: the older one warns where both exist.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(options)
 
 
 def loss_gradients(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:

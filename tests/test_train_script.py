@@ -22,7 +22,7 @@ from checkout import ROOT
 from inputs import tiny_model
 from safetensors.torch import load_file
 from tolerances import BFLOAT16, FLOAT32, assert_identical, assert_same
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
 from modeling_xlstm import XLSTMForCausalLM
 
@@ -30,6 +30,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import train
 import train_data
 
+# Transformers' name for it since 5.23, and before.
+NAMES = ("activation_checkpointing", "gradient_checkpointing")
+CHECKPOINTING = next(name for name in NAMES if hasattr(TrainingArguments, name))
 SCRIPT = str(ROOT / "scripts" / "train.py")
 MODEL = {
     "model_type": "extended_lstm", "block_style": "neurips", "slstm_at": [1], "vocab_size": 320, "hidden_size": 16,
@@ -144,7 +147,7 @@ def test_accumulation_and_checkpointing_change_no_weight_and_bfloat16_trains(
     kinds = {
         "alone": [],
         "parts": ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"],
-        "again": ["--activation_checkpointing"],
+        "again": [f"--{CHECKPOINTING}"],
         "short": ["--bf16"],
     }
     for name, words in kinds.items():
