@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -251,8 +250,8 @@ def test_steps_are_compiled_on_request_unless_the_compiler_is_missing(
         texts.append(capsys.readouterr().out)
     assert steps.call_count == 1
     assert texts[0] == texts[1]
-    steps.side_effect = lambda step, **_: Mock(side_effect=InductorError(InvalidCxxCompiler("c++"), None))
-    with pytest.raises(SystemExit, match=re.escape("`--compile` needs a C++ compiler: Compiler: c++ is not found.")):
+    steps.side_effect = lambda step, **_: Mock(side_effect=InductorError(InvalidCxxCompiler(), None))
+    with pytest.raises(SystemExit, match=r"`--compile` needs a C\+\+ compiler: No working"):
         script.main()
     steps.side_effect = lambda step, **_: Mock(side_effect=InductorError(RuntimeError("another"), None))
     with pytest.raises(InductorError, match="another"):
