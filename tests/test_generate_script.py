@@ -250,9 +250,12 @@ def test_steps_are_compiled_on_request_unless_the_compiler_is_missing(
         texts.append(capsys.readouterr().out)
     assert steps.call_count == 1
     assert texts[0] == texts[1]
-    steps.side_effect = lambda step, **_: Mock(side_effect=InductorError(InvalidCxxCompiler(), None))
-    with pytest.raises(SystemExit, match=r"`--compile` needs a C\+\+ compiler: No working"):
+    missing = InvalidCxxCompiler()
+    steps.side_effect = lambda step, **_: Mock(side_effect=InductorError(missing, None))
+    with pytest.raises(SystemExit) as stopped:
         script.main()
+    expected = f"generate.py: `--compile` needs a C++ compiler: {missing}. Install one or leave it out."
+    assert str(stopped.value) == expected
     steps.side_effect = lambda step, **_: Mock(side_effect=InductorError(RuntimeError("another"), None))
     with pytest.raises(InductorError, match="another"):
         script.main()
