@@ -29,10 +29,10 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from corpus import WrongInput
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftConfig, PromptTuningConfig
+from runs import end_group
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, set_seed
 from transformers.hf_argparser import string_to_bool
 from trl import SFTConfig, SFTTrainer
@@ -208,7 +208,7 @@ def main() -> None:
         run(*parse(sys.argv[1:]))
     except WrongInput as error:
         raise SystemExit(f"finetune.py: {error}") from None
-    PartialState().destroy_process_group()  # as in train.py
+    end_group()
 
 
 if __name__ == "__main__":

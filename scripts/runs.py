@@ -1,13 +1,17 @@
-"""What the scripts that train share: the progress bar, the last checkpoint, the loss curve."""
+"""What the scripts that train share: the progress bar, the last checkpoint, the loss curve, the end of a process."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import ProgressCallback, TrainerState
+
+LETTING_GO = 0.2  # seconds, a hundred times what a thread needs to drop a tensor
 
 
 class LossBar(ProgressCallback):
@@ -71,3 +75,15 @@ def draw_losses(log_history: list[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def end_group() -> None:
+    """Leave the process group of a launched run, if there is one; the last that a process does.
+
+    Gloo's threads drop the tensors of their last work after it is done, and need the interpreter for that: where it has
+    ended by then, they abort the process, and a finished run fails. To destroy the group ends them only if nothing else
+    holds it, and DTensor's caches do.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(LETTING_GO)

@@ -30,9 +30,8 @@ from typing import Any
 import datasets
 import transformers
 import yaml  # type: ignore[import-untyped]
-from accelerate import PartialState
 from corpus import WrongInput, load_or_train_tokenizer
-from runs import LossBar, draw_losses, last_checkpoint, silent, step_of
+from runs import LossBar, draw_losses, end_group, last_checkpoint, silent, step_of
 from train_data import DataArguments, Source, Stream, Tokens, not_empty, open_source, tokenise
 from train_metrics import CarriedRun, Costs, Run, peak_flops_of
 from transformers import (
@@ -238,8 +237,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
         raise SystemExit(130) from None
-    # A process that ends with its group open may be aborted by it (gloo), and would fail the launch of a finished run.
-    PartialState().destroy_process_group()
+    end_group()
 
 
 if __name__ == "__main__":

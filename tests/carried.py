@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from inputs import rows, tiny_model, tokens
+from runs import end_group
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -73,7 +73,7 @@ def main() -> None:
     run = trainer(folder, Segments(documents(LENGTHS), 4, 9, seed=0), ddp_backend="gloo", **options)
     run.train()
     torch.save(result(run), folder / f"result-{run.args.process_index}.pt")
-    PartialState().destroy_process_group()  # as in scripts/train.py
+    end_group()
 
 
 if __name__ == "__main__":

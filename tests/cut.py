@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from runs import end_group
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -53,7 +54,7 @@ def main() -> None:
             torch.save(made, checkpoint / f"{kind}-{dist.get_rank()}.pt")
             if kind == "tp":
                 refuse_to_save(model(ids, use_cache=True).past_key_values, checkpoint)
-    dist.destroy_process_group()
+    end_group()
 
 
 def refuse_to_save(cache: Any, checkpoint: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from inputs import tiny_model, tokens
+from runs import end_group
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -48,7 +49,7 @@ def main() -> None:
     fully_shard(model, mesh=mesh)
     train(model, ids, dist.get_rank(), dist.get_world_size())
     dcp.save(get_model_state_dict(model), checkpoint_id=sys.argv[1])
-    dist.destroy_process_group()
+    end_group()
 
 
 if __name__ == "__main__":

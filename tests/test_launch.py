@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT
-from processes import ENVIRONMENT
+from processes import ENVIRONMENT, launch_two
 from safetensors.torch import load_file
 from test_train_script import RECIPE, write_recipe
 from tolerances import FLOAT32, assert_same
@@ -31,6 +31,11 @@ def launch(folder: Path, file: str, *words: str) -> subprocess.CompletedProcess[
         cwd=folder, env={**os.environ, **ENVIRONMENT}, text=True, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+def test_processes_that_end_right_after_they_have_talked_are_not_aborted(tmp_path: Path) -> None:
+    """Without the wait in `end_group`, seven of twelve launches failed."""
+    launch_two("gathered.py", tmp_path)
 
 
 @pytest.mark.slow
