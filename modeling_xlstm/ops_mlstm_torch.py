@@ -80,13 +80,13 @@ def _stabilisers(
     """
     if sigmoid_gate:
         kept = m[..., None] * (torch.ones_like(own) if cut is None else cut).cumprod(-1)
-        return torch.cat([m[..., None], kept[..., :-1]], -1), kept[..., -1]
+        return torch.cat([m[..., None], kept[..., :-1]], -1), kept[..., -1].clone()  # of returned views FSDP2 warns
     if cut is None:
         # Sums over a whole sequence lose digits that differences between neighbours need.
         total = F.pad(_widened(decay).cumsum(-1), (1, 0))
         highest = torch.cat([_widened(m)[..., None], _widened(own) - total[..., 1:]], -1).cummax(-1).values
         kept = (highest + total).to(m.dtype)
-        return kept[..., :-1], kept[..., -1]
+        return kept[..., :-1], kept[..., -1].clone()
     before = []
     for own_c, decay_c, cut_c in zip(own.unbind(-1), decay.unbind(-1), cut.unbind(-1), strict=True):
         before.append(m)

@@ -315,7 +315,8 @@ def slstm_recurrent_torch(
     last = None if lengths is None else lengths.to(R.device) - 1
     by_time = None if reset is None else reset.T.contiguous()
     h, *after = _SLSTM.apply(R, *first, last, by_time, input_gate, output_tanh, *x)
-    return h.permute(2, 0, 1, 3), SLSTMState(*(s.transpose(0, 1) for s in after))
+    # Copies: of views that a block returns FSDP2 warns.
+    return h.permute(2, 0, 1, 3), SLSTMState(*(s.transpose(0, 1).clone() for s in after))
 
 
 def slstm_step_torch(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from inputs import STYLES, rows, tiny_config, tiny_model, tokens
 from tolerances import assert_identical, assert_same
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 from transformers.utils import logging
 
@@ -331,6 +332,21 @@ def test_gradients_flow_through_a_carried_state(style: str, checkpointing: bool)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     assert_same((loss, dict(zip(whole[1], gradients, strict=True))), whole)
+
+
+@every_style
+def test_nothing_that_a_block_returns_in_training_is_a_view(style: str) -> None:
+    """FSDP2 hooks what blocks return, warns of views, and loses its hook where one is written in place."""
+    model, returned = tiny_model(XLSTMForCausalLM, style).train(), []
+    for block in model.model.layers:
+        block.register_forward_hook(lambda _, args, output: returned.extend(tree_leaves(output)))
+    ids, mask, documents = tokens(2, 8), torch.ones(2, 8).long(), torch.zeros(2, 8).long()
+    mask[0, :3], documents[0, 3:] = 0, 1
+    for options in ({}, {"attention_mask": mask}, {"seq_idx": documents}):
+        model(ids, labels=ids, **options)
+    in_training = [x for x in returned if isinstance(x, Tensor) and x.requires_grad]
+    assert len(in_training) > 3 * 3 * len(model.model.layers)
+    assert all(x._base is None for x in in_training)
 
 
 @every_style
