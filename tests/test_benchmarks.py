@@ -83,11 +83,6 @@ def test_a_benchmark_of_tiny_models_leaves_json_tables_and_plots(tmp_path: Path)
     assert readme.endswith("\nafter\n")
 
 
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-
-
 def contest(results: dict[str, float]) -> Any:
     from benchmark_models import Contestant
     from benchmark_works import Work
@@ -96,7 +91,6 @@ def contest(results: dict[str, float]) -> Any:
     return Work(makers, faster=1.0, agreement=0.01)
 
 
-@pytest.mark.usefixtures("scripts")
 @pytest.mark.parametrize("wrong", [1.5, float("nan")])
 def test_a_contest_is_not_timed_when_one_computes_something_else(wrong: float) -> None:
     from benchmark import time_row
@@ -106,7 +100,6 @@ def test_a_contest_is_not_timed_when_one_computes_something_else(wrong: float) -
     assert "milliseconds" not in row
 
 
-@pytest.mark.usefixtures("scripts")
 @pytest.mark.parametrize(("ours", "peer", "refused"), [(1.001, 1.004, False), (1.005, 1.001, True), (1.02, 1.03, True)])
 def test_a_judge_asks_that_ours_is_near_and_not_twice_as_far_as_the_peer(
     ours: float, peer: float, refused: bool
@@ -119,7 +112,6 @@ def test_a_judge_asks_that_ours_is_near_and_not_twice_as_far_as_the_peer(
     assert row["errors"]["peer"] > row["errors"]["ours"] or ours > peer
 
 
-@pytest.mark.usefixtures("scripts")
 def test_contestants_that_agree_are_timed_and_compared_with_the_fastest() -> None:
     from benchmark import time_row
 
@@ -129,7 +121,6 @@ def test_contestants_that_agree_are_timed_and_compared_with_the_fastest() -> Non
     assert row["claims"][0]["value"] == row["milliseconds"][row["fastest_peer"]] / row["milliseconds"]["ours"]
 
 
-@pytest.mark.usefixtures("scripts")
 @pytest.mark.skipif(sys.platform != "linux", reason="waits for a machine with Linux, which tells what is resident")
 def test_memory_is_what_a_contestant_allocates_and_not_what_was_there() -> None:
     from benchmark import allocated
@@ -147,7 +138,6 @@ def test_memory_is_what_a_contestant_allocates_and_not_what_was_there() -> None:
     assert 124 < found["peak"] / 2**20 < 136
 
 
-@pytest.mark.usefixtures("scripts")
 def test_every_row_that_was_asked_for_has_its_target() -> None:
     from benchmark_models import FULL
     from benchmark_works import all_works
@@ -175,7 +165,6 @@ def test_every_row_that_was_asked_for_has_its_target() -> None:
     assert {work.kind for name, work in works.items() if "others" in name} == {"other"}
 
 
-@pytest.mark.usefixtures("scripts")
 def test_tables_say_which_targets_were_missed() -> None:
     from benchmark_report import verdict
 
@@ -185,7 +174,6 @@ def test_tables_say_which_targets_were_missed() -> None:
     assert verdict({"value": 0.5}) == "0.50"
 
 
-@pytest.mark.usefixtures("scripts")
 def test_tables_go_only_where_a_document_has_a_place_for_them(tmp_path: Path) -> None:
     from benchmark_report import write_between_marks
 
@@ -194,7 +182,6 @@ def test_tables_go_only_where_a_document_has_a_place_for_them(tmp_path: Path) ->
         write_between_marks(tmp_path / "README.md", "table\n")
 
 
-@pytest.mark.usefixtures("scripts")
 def test_the_description_of_a_machine_holds_no_path_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from machine import describe_machine, machine_in_words
 

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-from checkout import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
 import tasks_digits
 import tasks_forecasting
 import tasks_recall

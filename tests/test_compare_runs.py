@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 import zlib
 from pathlib import Path
 
+import compare_runs
+import corpus
 import pytest
 import torch
-from checkout import ROOT
 from inputs import tiny_model
 from tolerances import assert_same
 
 from modeling_xlstm import XLSTMForCausalLM
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import compare_runs
-import corpus
 
 TEXTS = ["def add(a, b):\n    return a + b\n" * 3, "x = 1\n"]
 

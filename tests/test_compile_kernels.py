@@ -21,8 +21,7 @@ HONEST = "%s_10 = ttg.memdesc_trans %s {order = array<i32: 1, 0>} : !ttg.memdesc
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+def script() -> ModuleType:
     import compile_kernels
 
     return compile_kernels

@@ -84,10 +84,7 @@ def test_a_launch_file_is_read_by_accelerate_and_wraps_our_blocks(path: Path) ->
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_holds_flags_of_the_training_script_and_names_a_model_file(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+def test_a_recipe_holds_flags_of_the_training_script_and_names_a_model_file(path: Path) -> None:
     import train
 
     _, arguments = train.parse([str(path), "--output_dir", "unused", "--use_cpu"])

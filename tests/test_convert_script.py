@@ -39,7 +39,6 @@ PUBLISHED = {"force_bos_token_insert": True, "cell_norm_eps": 1e-06, "mlstm_roun
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     monkeypatch.chdir(tmp_path)
     import convert
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkout import ROOT
 from inputs import tiny_config
 from peft import PeftModel
 from test_trl import word_tokenizer
@@ -35,7 +34,6 @@ ROWS: dict[str, Any] = {
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The script, in a folder with a checkpoint and examples of every kind."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     XLSTMForCausalLM(tiny_config("neurips")).save_pretrained("base")

@@ -152,8 +152,7 @@ def test_a_damaged_state_is_refused_in_one_line(checkpoint: Checkpoint, tmp_path
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+def script() -> ModuleType:
     import generate
 
     return generate

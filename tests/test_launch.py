@@ -43,7 +43,6 @@ def test_fsdp2_killed_and_resumed_trains_as_one_process_and_leaves_a_model_that_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its launch file: blocks sharded and recomputed, checkpoints in shards."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path)
     Path("recipe.yaml").write_text(SGD, "utf-8")

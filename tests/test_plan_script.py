@@ -6,11 +6,9 @@ import json
 import sys
 from pathlib import Path
 
+import plan
 import pytest
 from checkout import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import plan
 
 MODEL = str(ROOT / "configuration" / "model" / "xlstm_laptop.json")
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from checkout import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
 import tasks
 import tasks_digits
 import tasks_forecasting
 import tasks_recall
 import tasks_state_tracking
+import torch
 
 
 def generator() -> torch.Generator:

@@ -18,6 +18,8 @@ from typing import Any
 import pyarrow
 import pytest
 import torch
+import train
+import train_data
 from checkout import ROOT
 from inputs import tiny_model
 from safetensors.torch import load_file
@@ -25,10 +27,6 @@ from tolerances import BFLOAT16, FLOAT32, assert_identical, assert_same
 from transformers import AutoTokenizer, TrainingArguments
 
 from modeling_xlstm import XLSTMForCausalLM
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import train
-import train_data
 
 # Transformers' name for it since 5.23, and before.
 NAMES = ("activation_checkpointing", "gradient_checkpointing")
