@@ -87,11 +87,13 @@ class XLSTMModel(XLSTMPreTrainedModel):
         x = self._embed(input_ids, inputs_embeds, input_features)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        x = self.embedding_dropout(x)
-        B, T, _ = x.shape
+        B, T = x.shape[:2]
         cache = self._open_cache(past_key_values, use_cache, B)
         past = 0 if cache is None else cache.get_seq_length()
         layout = lay_out_tokens((B, T), x.device, past, attention_mask, seq_idx, cu_seq_lens_q, position_ids)
+        if input_features is not None:
+            x = self._project(x, layout.real)
+        x = self.embedding_dropout(x)
 
         layers: Any = self.layers
         if len(layers) != self.config.num_hidden_layers:  # fewer while drafting with `assistant_early_exit`
@@ -147,13 +149,12 @@ class XLSTMModel(XLSTMPreTrainedModel):
         return x, states
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, input_features: Tensor | None) -> Tensor:
-        """What was given, as [B, T, D]."""
+        """What was given, as [B, T, D]; frames as they are, [B, T, .], for `_project`."""
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "input_features": input_features}
         if sum(x is not None for x in given.values()) != 1:
             raise ValueError(f"Pass exactly one of {', '.join(f'`{name}`' for name in given)}.")
         name, x = next((name, x) for name, x in given.items() if x is not None)
         is_ids = name == "input_ids"
-        reader: nn.Module | None = None
         if name != "inputs_embeds":
             reader, field = (self.embed_tokens, "vocab_size") if is_ids else (self.frame_proj, "input_size")
             if reader is None:
@@ -167,7 +168,12 @@ class XLSTMModel(XLSTMPreTrainedModel):
             if x.dim() != 3 or x.shape[-1] != width or not x.is_floating_point():
                 got = f"shape {tuple(x.shape)} of {x.dtype}"
                 raise ValueError(f"`{name}` must be [B, T, {width}] and floating point; got {got}.")
-        return x if reader is None else reader(x)
+        return self.embed_tokens(x) if is_ids else x  # type: ignore[misc]
+
+    def _project(self, frames: Tensor, real: Tensor | None) -> Tensor:
+        """Frames [B, T, .] as [B, T, D]; what padding holds reaches no gradient, which 0 times NaN would."""
+        x: Tensor = self.frame_proj(frames if real is None else frames.masked_fill(~real[..., None], 0.0))  # type: ignore[misc]
+        return x
 
     def _open_cache(self, cache: XLSTMCache | None, use_cache: bool | None, B: int) -> XLSTMCache | None:
         """The cache to read and write: the one given, a new one, or None."""

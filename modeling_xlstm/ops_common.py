@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 # Largest error of a kernel in its self-check, relative to scale: far above rounding, far below a wrong formula.
@@ -70,11 +71,15 @@ def mark_tokens(
         reset: `reset` without its padded tokens, for a token that does not exist begins no document.
 
     Raises:
-        ValueError: there is no token, or `lengths` is not [B] integers, or `reset` is not [B, T] booleans, or one of
-            them lies on another device than the inputs.
+        ValueError: there is no token, or `lengths` is not [B] integers from 0 to T (on a GPU their range is not looked
+            at, and more than T is T), or `reset` is not [B, T] booleans, or one of them lies on another device than the
+            inputs.
     """
     if T == 0:
         raise ValueError("An op needs at least one token; got T = 0. Skip the call: no token changes no state.")
+    for name, x in (("lengths", lengths), ("reset", reset)):
+        if x is not None and not isinstance(x, Tensor):
+            raise ValueError(f"`{name}` must be a tensor; got {type(x).__name__}. Use `torch.tensor()`.")
     if lengths is not None and (lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool):
         raise ValueError(f"`lengths` must be [B] = [{B}] integers; got {tuple(lengths.shape)} of {lengths.dtype}.")
     if reset is not None and (reset.shape != (B, T) or reset.dtype != torch.bool):
@@ -84,13 +89,16 @@ def mark_tokens(
             raise ValueError(f"`{name}` must be on {device} as the inputs are; got {x.device}. Use `.to()`.")
     if lengths is None:
         return None, reset
+    may_look = lengths.is_cpu and not torch.compiler.is_compiling() and not isinstance(lengths, FakeTensor)
+    if may_look and ((lengths < 0) | (lengths > T)).any():
+        raise ValueError(f"`lengths` must be from 0 to T = {T}; got {lengths.tolist()}.")
     padded = torch.arange(T, device=device) >= lengths[:, None]
     return padded, None if reset is None else reset & ~padded
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Autocast off: it would run the products with the states in half precision."""
-    on = torch.is_autocast_enabled(device.type)
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
 
 

@@ -41,8 +41,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, is_remade: bool = Fal
         is_remade: whether only what the backward pass needs is asked for: the result is undefined then.
     """
     if torch.is_autocast_enabled("cpu"):
-        half = torch.get_autocast_dtype("cpu")
-        x, weight, bias = x.to(half), weight.to(half), None if bias is None else bias.to(half)
+        x, weight = _in_half(x), _in_half(weight)
+        bias = None if bias is None else _in_half(bias)
     rows = x.shape[:-1].numel()
     if torch.compiler.is_compiling():
         if _is_for_sums(x, weight, rows):
@@ -58,6 +58,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, is_remade: bool = Fal
         return _linear(x, weight, bias)
     y: Tensor = _Linear.apply(x, weight, bias, is_remade)
     return y
+
+
+def _in_half(x: Tensor) -> Tensor:
+    """As autocast has it, which leaves float64 alone."""
+    return x if x.dtype is torch.float64 else x.to(torch.get_autocast_dtype("cpu"))
 
 
 def multiply(layer: nn.Module, x: Tensor, is_remade: bool = False) -> Tensor:
@@ -89,7 +94,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def bmm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.bmm` of [G, M, K] and [G, K, N], the same to a rounding, plus a bias [G, 1, N]; not for autocast."""
-    if torch.is_autocast_enabled(a.device.type):
+    if not a.is_meta and torch.is_autocast_enabled(a.device.type):
         y: Tensor = torch.bmm(a, b)
         return y if bias is None else y + bias  # not rounded to half precision
     if a.element_size() == 2 and _gains(a, b, a.shape[1], b.shape[2]):

@@ -48,7 +48,8 @@ def mlstm(
         i_tilde: input-gate pre-activation, [B, T, H]; natural log of the gate if `input_gate` is 'exp', else its logit.
         f_tilde: forget-gate pre-activation, [B, T, H]; logit of the gate, or its log if `input_gate` is 'exp_both'.
         state: state before the first token; None starts from zeros.
-        lengths: number of real tokens of each row, [B]; the tokens after them write nothing and forget nothing.
+        lengths: number of real tokens of each row, [B]; the tokens after them, any finite numbers, write nothing and
+            forget nothing.
         reset: True at the first token of a new document, [B, T]; the state returns to zeros before that token.
         chunk_size: tokens per chunk, of a block of longer chunks in 'torch'; never changes the result.
         eps: added to the normaliser, dimensionless; 1e-6 in the published checkpoints.
@@ -77,6 +78,8 @@ def mlstm(
         )
     variant = "" if input_gate != "exp_both" else "no kernel has input_gate='exp_both'"
     chosen = choose_backend(backend, q, lambda: variant or _triton_obstacle(q, k, v, state))
+    if size["B"] == 0:
+        chosen = "reference"  # no row has no chunks
     if gate_soft_cap is not None and (chosen != "triton" or padded is not None):
         # Padding stands above every cap; without it the kernels do this themselves.
         wide = torch.promote_types(i_tilde.dtype, torch.float32)

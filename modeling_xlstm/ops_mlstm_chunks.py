@@ -346,9 +346,9 @@ class _Far(_Products):
         values.v.copy_(self.v)
         values.n.fill_(1.0)
         self.values, self.kw = values.blocks, self.room.tokens("kw", self.room.K).blocks
-        kw = torch.mul(self.k.each[0], self.write, out=self.kw.each[0])
-        if self.masks.writes is not None:
-            kw.mul_(self.masks.writes[0])
+        # Masked before k is weighed: what a token far above those after a reset would write may be infinite.
+        write = self.write if self.masks.writes is None else self.write * self.masks.writes[0]
+        torch.mul(self.k.each[0], write, out=self.kw.each[0])
 
     def _weights(self) -> Tensor:
         """exp(a_s - M_t) where t sees s, scale included, [R, L, L]."""

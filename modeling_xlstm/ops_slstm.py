@@ -50,7 +50,8 @@ def slstm(
         recurrent: recurrent weights within each head, gates in the order i, f, z, o, [4, H, P, P]; output channel
             first, then the channel of the previous h.
         state: state before the first token; None starts from zeros.
-        lengths: number of real tokens of each row, [B]; the tokens after them leave the state as it is.
+        lengths: number of real tokens of each row, [B]; the tokens after them, any finite numbers, leave the
+            state as it is.
         reset: True at the first token of a new document, [B, T]; the state returns to zeros before that token.
         input_gate: 'exp' (paper), 'sigmoid' or 'exp_both', where the forget gate is exponential too.
         output_tanh: whether h is o * tanh(c / n) instead of o * c / n (paper).

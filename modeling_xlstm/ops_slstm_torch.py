@@ -312,7 +312,7 @@ def slstm_recurrent_torch(
     R = recurrent.to(dtype).permute(1, 3, 0, 2).flatten(2)  # [H, P in, 4 P out]
     state = SLSTMState.zeros(B, H, P, like=R) if state is None else SLSTMState(*(s.to(dtype) for s in state))
     first = (s.transpose(0, 1).contiguous() for s in state)
-    last = None if lengths is None else lengths.to(R.device) - 1
+    last = None if lengths is None else lengths.to(R.device).long().clamp(max=i_tilde.shape[1]) - 1
     by_time = None if reset is None else reset.T.contiguous()
     h, *after = _SLSTM.apply(R, *first, last, by_time, input_gate, output_tanh, *x)
     # Copies: of views that a block returns FSDP2 warns.

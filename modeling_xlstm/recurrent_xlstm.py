@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .layers_xlstm import HeadNorm
-from .ops_common import bind_shapes
+from .ops_common import bind_shapes, mark_tokens
 from .ops_mlstm import mlstm
 from .ops_slstm import slstm
 from .states_xlstm import MLSTMState, SLSTMState
@@ -78,6 +78,10 @@ class RecurrentCell(nn.Module):
     def _run(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, State]:
         raise NotImplementedError
 
+    def _gated(self, outputs: Tensor, inputs: Tensor) -> Tensor:
+        """The outputs [B, T, D] behind an output gate that sees the inputs, if the cell has one."""
+        return outputs
+
     def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """One token.
 
@@ -106,13 +110,17 @@ class RecurrentCell(nn.Module):
             state: the state after each row's last real token.
         """
         bind_shapes(inputs=(inputs, f"B T {self.input_size}"))
-        state = None if state is None else self.state_class(*state)
-        h, state = self._run(inputs, state, lengths)
-        outputs = h.flatten(2) if self.norm is None else self.norm(h)
-        if lengths is not None:
-            padded = torch.arange(inputs.shape[1], device=inputs.device) >= lengths[:, None]
-            outputs = outputs.masked_fill(padded[..., None], 0.0)
-        return outputs, state
+        fields = self.state_class._fields
+        if state is not None and len(state) != len(fields):
+            raise ValueError(
+                f"`state` must hold {', '.join(fields)}; got {len(state)} tensors. Pass what the last call returned."
+            )
+        padded, _ = mark_tokens(inputs.shape[1], len(inputs), lengths, None, inputs.device)
+        if padded is not None:  # 0 times what is not finite would not be 0
+            inputs = inputs.masked_fill(padded[..., None], 0.0)
+        h, state = self._run(inputs, None if state is None else self.state_class(*state), lengths)
+        outputs = self._gated(h.flatten(2) if self.norm is None else self.norm(h), inputs)
+        return outputs if padded is None else outputs.masked_fill(padded[..., None], 0.0), state
 
     def init_hidden(self, batch_size: int, device: Any = None) -> Any:
         """The state before any token, for `batch_size` rows; on the device of the parameters unless one is named."""
@@ -196,10 +204,9 @@ class MLSTMCell(RecurrentCell):
         h, state = mlstm(q, k, v, self.igate(x), self.fgate(x), state, lengths=lengths, input_gate=self.gates)
         return h, state
 
-    def sequence(self, inputs: Tensor, state: Any = None, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
-        outputs, state = super().sequence(inputs, state, lengths)
+    def _gated(self, outputs: Tensor, inputs: Tensor) -> Tensor:
         outputs = torch.tanh(outputs) if self.output_tanh else outputs
-        return outputs if self.ogate is None else torch.sigmoid(self.ogate(inputs)) * outputs, state
+        return outputs if self.ogate is None else torch.sigmoid(self.ogate(inputs)) * outputs
 
     def _open_forget_gates(self) -> None:
         if self.fgate.bias is not None and self.gates != "exp_both":

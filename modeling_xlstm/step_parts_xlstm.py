@@ -362,6 +362,8 @@ def _plan_up_mlstm(layer: UpMLSTMLayer, room: Room) -> Part:
 
     def run(state: LayerState) -> LayerState:
         project()
+        if layer.up_proj.bias is not None:
+            up.round()
         window = conv(state)
         for product in heads:
             product()

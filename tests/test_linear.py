@@ -166,6 +166,14 @@ def test_compiled_few_rows_are_multiplied_as_sums_unless_gradients_are_on(dtype:
             assert compiled(function, inputs)[1] & PRODUCTS
 
 
+def test_autocast_leaves_float64_alone_as_torch_does() -> None:
+    x, weight, bias = draw((4, 16), (8, 16), (8,), dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x, weight, bias)
+    assert_same(y, torch.nn.functional.linear(x, weight, bias))
+    assert y.dtype is torch.float64
+
+
 class Product(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

@@ -334,6 +334,43 @@ def test_gradients_flow_through_a_carried_state(style: str, checkpointing: bool)
     assert_same((loss, dict(zip(whole[1], gradients, strict=True))), whole)
 
 
+class Logits(torch.nn.Module):
+    def __init__(self, model: XLSTMForCausalLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, use_cache=False).logits
+
+
+@every_style
+def test_an_exported_model_computes_what_the_model_does(style: str) -> None:
+    """Whatever its gates are: which way they let the mLSTM take is not known when it is exported."""
+    model = Logits(tiny_model(XLSTMForCausalLM, style)).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("fgate.bias"):
+                parameter.fill_(-9.0)
+        exported = torch.export.export(model, (tokens(1, 70),)).module()
+        ids = tokens(1, 70)
+        assert_same(exported(ids), model(ids))
+
+
+@every_style
+def test_a_model_without_numbers_tells_the_shapes(style: str) -> None:
+    model = tiny_model(XLSTMForCausalLM, style)
+    given = {"attention_mask": torch.ones(2, 9).long(), "use_cache": True}
+    known = model(tokens(2, 9), **given)
+    output = model.to("meta")(tokens(2, 9).to("meta"), use_cache=True)
+    assert output.logits.shape == known.logits.shape
+    pairs = zip(output.past_key_values.states, known.past_key_values.states, strict=True)
+    assert all(a.cell.m.shape == b.cell.m.shape for a, b in pairs)
+
+
+def test_no_rows_give_no_logits() -> None:
+    assert tiny_model(XLSTMForCausalLM)(tokens(0, 5)).logits.shape == (0, 5, 61)
+
+
 @every_style
 def test_nothing_that_a_block_returns_in_training_is_a_view(style: str) -> None:
     """FSDP2 hooks what blocks return, warns of views, and loses its hook where one is written in place."""

@@ -209,6 +209,40 @@ def test_extreme_gates_stay_finite_and_right_in_float32(
     assert all(g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(
+    ("i_tilde", "log_f", "k_scale", "of_q"),
+    [((20.0, 39.0, 0.0), -59.0, 1.0, 1e-3), ((86.0, 0.0, 0.0), 6.0, 50.0, 1.0)],
+    ids=["twice as far apart as near is", "written before a reset"],
+)
+def test_documents_far_above_each_other_in_one_chunk_stay_finite_and_right(
+    backend: str, i_tilde: tuple[float, ...], log_f: float, k_scale: float, of_q: float
+) -> None:
+    """No number of one document, however large beside another's, reaches that one, gradients included."""
+    q, k, v, i, f = (x.detach()[:1] for x in mlstm_inputs(6))
+    first, second, third = slice(2), slice(2, 4), slice(4, 6)
+    q[:, first] *= of_q
+    k, i, f = k * k_scale, torch.zeros_like(i), torch.full_like(f, 30.0)
+    for place, level in zip((first, second, third), i_tilde, strict=True):
+        i[:, place] = level
+    f[:, 2] = log_f
+    reset = torch.tensor([[False, False, True, False, True, False]])
+    narrow = [x.float().requires_grad_() for x in (q, k, v, i, f)]
+    wide = [x.detach().double().requires_grad_() for x in narrow]
+    h, state = mlstm(*narrow, reset=reset, backend=backend)
+    expected = mlstm(*wide, reset=reset, backend="reference")
+    assert_same((h.double(), [x.double() for x in state]), (expected[0], list(expected[1])), FLOAT32)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(1e4 * h.sum() + state.C.sum(), narrow))
+
+
+def test_no_rows_give_none_with_gradients() -> None:
+    xs = [x.detach()[:0].requires_grad_() for x in mlstm_inputs(5)]
+    h, state = mlstm(*xs)
+    assert h.shape[:2] == (0, 5)
+    assert state.C.shape[0] == 0
+    assert all(g.shape == x.shape for g, x in zip(torch.autograd.grad(h.sum(), xs), xs, strict=True))
+
+
 def test_gates_and_states_of_a_bfloat16_model_are_float32() -> None:
     xs = [x.detach().bfloat16() for x in mlstm_inputs(9)]
     h, state = mlstm(*xs)
@@ -291,6 +325,9 @@ def test_a_wider_state_keeps_its_dtype() -> None:
         ({"i_tilde": torch.zeros(2, 5)}, r"`i_tilde` must be \[B, T, H\]"),
         ({"lengths": torch.zeros(3, dtype=torch.long)}, "`lengths` must be"),
         ({"lengths": torch.zeros(2)}, "`lengths` must be"),
+        ({"lengths": [5, 3]}, "`lengths` must be a tensor; got list"),
+        ({"lengths": torch.tensor([5, 9])}, r"`lengths` must be from 0 to T = 5; got \[5, 9\]"),
+        ({"lengths": torch.tensor([-1, 5])}, "`lengths` must be from 0 to T = 5"),
         ({"reset": torch.zeros(2, 5)}, "`reset` must be"),
         ({"reset": torch.zeros(2, 5, dtype=torch.bool, device="meta")}, "`reset` must be on cpu"),
         (

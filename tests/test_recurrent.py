@@ -108,6 +108,21 @@ def test_one_training_script_runs_with_nn_lstm_and_with_ours(module: Any) -> Non
     assert script(module) == script(nn.LSTM)
 
 
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}], ids=str)
+@MODULES
+def test_what_padding_holds_reaches_no_output_state_or_gradient(module: Any, options: dict[str, Any]) -> None:
+    """Not even what is not finite, which 0 times is not 0."""
+    rnn, x, lengths = make(module, 5, 8, 2, **options), frames(), torch.tensor([4, 7, 2])
+    results = []
+    for fill in (0.0, torch.nan, torch.inf):
+        padded = x.masked_fill(torch.arange(7)[None, :, None] >= lengths[:, None, None], fill).requires_grad_()
+        outputs, state = rnn(padded, lengths=lengths)
+        parameters = list(rnn.parameters())
+        results.append([outputs, *state, *torch.autograd.grad(outputs.square().sum(), [*parameters, padded])])
+    assert_identical(results[1], results[0])
+    assert_identical(results[2], results[0])
+
+
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"residual": True, "input_norm": True}], ids=str)
 @MODULES
 def test_lengths_and_packed_sequences_equal_each_row_alone(module: Any, options: dict[str, Any]) -> None:
@@ -254,5 +269,11 @@ def test_bad_inputs_are_named(module: Any) -> None:
     other = SLSTMState if module is MLSTM else MLSTMState
     with pytest.raises(ValueError, match="`state` must hold"):
         rnn(x, other(*(x.new_zeros(2, 3) for _ in other._fields)))
+    with pytest.raises(
+        ValueError, match=f"`state` must hold {', '.join(module.cell_class.state_class._fields)}; got 2"
+    ):
+        rnn.cells[0](x[:, 0], (torch.zeros(3, 8), torch.zeros(3, 8)))
+    with pytest.raises(ValueError, match=r"`lengths` must be from 0 to T = 7; got \[7, 9, 1\]"):
+        rnn(x, lengths=torch.tensor([7, 9, 1]))
     with pytest.raises(ValueError, match="knows its lengths"):
         rnn(pack_padded_sequence(x, torch.tensor([7, 7, 7]), batch_first=True), lengths=torch.tensor([7, 7, 7]))

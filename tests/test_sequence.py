@@ -65,6 +65,16 @@ def test_mean_pooling_of_ids_passes_over_padding() -> None:
     assert_same(model(ids).logits[1:], model(ids[1:, :5]).logits)
 
 
+def test_frames_that_are_not_finite_in_padding_reach_no_gradient() -> None:
+    model, x, mask = tiny_model(XLSTMForSequenceClassification, input_size=3), frames(), torch.ones(2, 9).long()
+    read = model.model.frame_proj
+    mask[1, 4:] = 0
+    given = {"attention_mask": mask, "labels": torch.tensor([0, 1])}
+    expected = torch.autograd.grad(model(input_features=x, **given).loss, read.weight)
+    x[1, 4:] = torch.nan
+    assert_identical(list(torch.autograd.grad(model(input_features=x, **given).loss, read.weight)), list(expected))
+
+
 def test_every_token_of_frames_can_be_labelled() -> None:
     model = tiny_model(XLSTMForTokenClassification, input_size=3, vocab_size=0, num_labels=4)
     assert model(input_features=frames()).logits.shape == (2, 9, 4)
