@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput, SampleTSPredictionOutput
 from transformers.utils import can_return_tuple
 
+from .cache_xlstm import XLSTMCache
 from .configuration_xlstm import XLSTMConfig
-from .modeling_xlstm import XLSTMModel, last_of
+from .modeling_xlstm import XLSTMModel
 from .pretrained_xlstm import XLSTMPreTrainedModel
+from .tokens_xlstm import last_of
 
 
 @dataclass
@@ -122,7 +124,8 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
         frames = torch.cat([past.frames, self._frames(future[:, :-1], observed[:, :-1], None)], 1)
         real = F.pad(past.real, (0, future.shape[1] - 1), value=True)
         mask = None if attention_mask is None else real.long()
-        hidden = self.model(input_features=frames, attention_mask=mask, use_cache=False, **kwargs).last_hidden_state
+        given = {"use_cache": False, "return_dict": True, **kwargs}
+        hidden = self.model(input_features=frames, attention_mask=mask, **given).last_hidden_state
         T = past.frames.shape[1]
         first = last_of(hidden[:, :T], past.real)
         raw = self._distribution(torch.cat([first[:, None], hidden[:, T:]], 1))
@@ -168,8 +171,10 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
     ) -> Tensor:
         """Read the past, then feed back what was predicted, or drawn into `drawn`: raw outputs [B, P, channels, .]."""
         mask = None if past.real.all() else past.real.long()
-        outputs = self.model(input_features=past.frames, attention_mask=mask, use_cache=True, **kwargs)
-        hidden, cache = last_of(outputs.last_hidden_state, past.real), outputs.past_key_values
+        cache = XLSTMCache(self.config)  # one of the model's own making would be left out under checkpointing
+        given = {"past_key_values": cache, "return_dict": True, **kwargs}
+        outputs = self.model(input_features=past.frames, attention_mask=mask, **given)
+        hidden = last_of(outputs.last_hidden_state, past.real)
         if num_samples is not None:
             hidden = hidden.repeat_interleave(num_samples, 0)
             cache.batch_repeat_interleave(num_samples)
@@ -181,7 +186,7 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
             if len(raw) == self.config.prediction_length:
                 return torch.stack(raw, 1)
             frame = self._frames(value[:, None], torch.ones_like(value[:, None]), None)
-            hidden = self.model(input_features=frame, past_key_values=cache, **kwargs).last_hidden_state[:, 0]
+            hidden = self.model(input_features=frame, **given).last_hidden_state[:, 0]
             raw.append(self._distribution(hidden))
 
     def _frames_of_past(

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, logging
 
 from .blocks_xlstm import XLSTMBlock
@@ -21,12 +22,12 @@ from .configuration_xlstm import XLSTMConfig
 from .debug_xlstm import check_finite
 from .decoding_xlstm import DecodeLoop
 from .layers_xlstm import block_norm
-from .ops_lean import cross_entropy, soft_cap
+from .ops_lean import causal_lm_loss, soft_cap
 from .ops_linear import multiply
 from .pretrained_xlstm import XLSTMPreTrainedModel
 from .states_xlstm import Call, LayerState
 from .step_xlstm import Stepper
-from .tokens_xlstm import TokenLayout, lay_out_tokens, next_real_tokens
+from .tokens_xlstm import TokenLayout, last_of, lay_out_tokens, mean_of, next_real_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -211,25 +212,6 @@ def warn_unused(kwargs: dict[str, Any]) -> None:
         logger.warning_once(f"An xLSTM has no use for {unused}: ignored.")
 
 
-def causal_lm_loss(
-    logits: Tensor,
-    labels: Tensor,
-    vocab_size: int,
-    num_items_in_batch: Any = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """Transformers' `ForCausalLMLoss`, but logits wider than float32 stay as wide; no other tensor as large is kept."""
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    targets = shift_labels.reshape(-1).to(logits.device)
-    total = cross_entropy(logits.view(-1, vocab_size), targets, ignore_index)
-    if num_items_in_batch is None:
-        return total / (targets != ignore_index).sum()
-    return total / torch.as_tensor(num_items_in_batch, device=total.device)
-
-
 class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
     """xLSTM language model: next-token logits, with a soft cap if the configuration has one."""
 
@@ -262,6 +244,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        input_features: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and the loss if labels are given.
@@ -277,7 +260,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         """
         # `shift_labels` is not named in the signature: Trainer would take batches without it for ones without labels.
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
-        # Named in the signature, or Trainer would drop these columns and let documents leak.
+        # Named in the signature, as in every model with a head: Trainer drops columns that are not.
         packing = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "position_ids": position_ids}
         outputs = self.model(
             input_ids=input_ids,
@@ -286,6 +269,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            input_features=input_features,
+            return_dict=True,
             **packing,
             **kwargs,
         )
@@ -358,6 +343,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
 class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
     """A linear head over the last real token of each row, or the mean over all: classification or regression."""
 
+    accepts_loss_kwargs = False  # the loss is a mean over rows, which Trainer is to divide by the accumulation steps
+
     def __init__(self, config: XLSTMConfig):
         super().__init__(config)
         self.num_labels = config.num_labels or 2
@@ -375,6 +362,10 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        input_features: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """Logits of each row, and the loss if labels are given.
@@ -389,6 +380,7 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
         Raises:
             ValueError: several rows, no mask and no `pad_token_id`: where a row ends cannot be known.
         """
+        packing = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "position_ids": position_ids}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -396,6 +388,9 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            input_features=input_features,
+            return_dict=True,
+            **packing,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -427,17 +422,6 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
         )
 
 
-def last_of(hidden: Tensor, real: Tensor) -> Tensor:
-    """The last real token of each row: [B, T, D], [B, T] -> [B, D]."""
-    last = (torch.arange(hidden.shape[1], device=hidden.device) * real).argmax(1)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
-
-
-def mean_of(hidden: Tensor, real: Tensor) -> Tensor:
-    """The mean over the real tokens of each row: [B, T, D], [B, T] -> [B, D]."""
-    return hidden.masked_fill(~real[..., None], 0.0).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
-
-
 class XLSTMForTokenClassification(XLSTMPreTrainedModel):
     """A linear head over every token."""
 
@@ -459,15 +443,22 @@ class XLSTMForTokenClassification(XLSTMPreTrainedModel):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        input_features: Tensor | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Logits of each token, and the loss if labels are given.
 
-        Arguments are those of `XLSTMModel.forward`, and: `labels`, class indices, [B, T], -100 left out.
+        Arguments are those of `XLSTMModel.forward`, and: `labels`, class indices, [B, T], -100 left out;
+        `num_items_in_batch`, as in `XLSTMForCausalLM.forward`.
 
         Returns:
             output: with `loss`, `logits` [B, T, num_labels] and `hidden_states`.
         """
+        items = kwargs.pop("num_items_in_batch", None)
+        packing = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "position_ids": position_ids}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -475,12 +466,18 @@ class XLSTMForTokenClassification(XLSTMPreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            input_features=input_features,
+            return_dict=True,
+            **packing,
             **kwargs,
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config, num_items_in_batch=items)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
+
+# Where Trainer looks for classes whose labels it is to shift before it smooths them.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(XLSTMConfig.model_type, XLSTMForCausalLM.__name__)
 
 __all__ = [
     "XLSTMForCausalLM",

@@ -207,6 +207,25 @@ def _seen_in_blocks(x: Tensor, past: Tensor, document: Tensor | None) -> Iterato
 PIECE = 2**20  # logits looked at together, or a sixteenth of all: wide copies of more would only take memory
 
 
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Transformers' `ForCausalLMLoss`, but logits wider than float32 stay as wide; no other tensor as large is kept."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    targets = shift_labels.reshape(-1).to(logits.device)
+    total = cross_entropy(logits.view(-1, vocab_size), targets, ignore_index)
+    if num_items_in_batch is None:
+        return total / (targets != ignore_index).sum()
+    return total / torch.as_tensor(num_items_in_batch, device=total.device)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """Sum of -log softmax(logits) at the targets, in float32 or wider; of all tensors of that size logits are kept.
 

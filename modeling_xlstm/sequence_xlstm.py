@@ -13,8 +13,8 @@ from .modeling_xlstm import (
     XLSTMForSequenceClassification,
     XLSTMForTokenClassification,
     XLSTMModel,
-    last_of,
 )
+from .tokens_xlstm import last_of
 
 
 def recommended_defaults() -> dict[str, Any]:
@@ -52,7 +52,7 @@ class XLSTMEncoder(nn.Module):
                 f"`frames` may hold {self.window_size} frames, the `window_size`; got {frames.shape[1]}. Pass the last "
                 "ones, or build with window_size=None."
             )
-        hidden = self.model(input_features=frames, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        hidden = self.model(input_features=frames, attention_mask=attention_mask, use_cache=False, return_dict=True)[0]
         return hidden[:, -1] if attention_mask is None else last_of(hidden, attention_mask != 0)
 
 

@@ -116,6 +116,17 @@ def next_real_tokens(
     return layout.unpack(torch.nn.functional.pad(targets[:, 1:], (0, 1), value=-100))
 
 
+def last_of(hidden: Tensor, real: Tensor) -> Tensor:
+    """The last real token of each row: [B, T, D], [B, T] -> [B, D]."""
+    last = (torch.arange(hidden.shape[1], device=hidden.device) * real).argmax(1)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+
+def mean_of(hidden: Tensor, real: Tensor) -> Tensor:
+    """The mean over the real tokens of each row: [B, T, D], [B, T] -> [B, D]."""
+    return hidden.masked_fill(~real[..., None], 0.0).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+
+
 def _real_tokens(attention_mask: Tensor | None, size: tuple[int, int], past: int) -> Tensor | None:
     """The current part of a mask as booleans, [B, T]; None if every token is real."""
     if attention_mask is None:

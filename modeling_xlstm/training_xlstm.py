@@ -154,9 +154,10 @@ def decayed_parameters(model: nn.Module) -> list[str]:
 class XLSTMTrainer(Trainer):
     """Transformers' Trainer with the published recipe: its weight-decay groups, and a z-loss on request.
 
-    Columns of a dataset that describe packing reach the model. With `compute_metrics=sum_nats` and
-    `preprocess_logits_for_metrics=nats_of_labels`, an evaluation on `Segments` has exact sums, `eval_nats` and
-    `eval_predicted_tokens`, where `eval_loss` is a mean over batches.
+    Columns of a dataset that describe packing reach the model, and a language model's loss, smoothed or not, is divided
+    by the number of tokens that are predicted, which padding and the first tokens of documents are not. With
+    `compute_metrics=sum_nats` and `preprocess_logits_for_metrics=nats_of_labels`, an evaluation on `Segments` has exact
+    sums, `eval_nats` and `eval_predicted_tokens`, where `eval_loss` is a mean over batches.
 
     Args:
         z_loss: weight of the mean squared log of the softmax's normaliser, which keeps logits from drifting; 1e-4 is
@@ -167,6 +168,21 @@ class XLSTMTrainer(Trainer):
     def __init__(self, *args: Any, z_loss: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.z_loss = z_loss
+        model: Any = self.model
+        self._is_language_model = model.get_output_embeddings() is not None
+        if self._is_language_model and self.label_smoother is not None and self.compute_loss_func is None:
+            self.compute_loss_func = self._smoothed
+
+    def _smoothed(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """The loss with smoothed labels, which are shifted already: Trainer would shift by one place."""
+        smoother: Any = self.label_smoother
+        return smoother(outputs, labels, num_items_in_batch=num_items_in_batch)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """As in Trainer, but of what the model's loss counts."""
+        if self._is_language_model and all("labels" in batch for batch in batch_samples):
+            batch_samples = [{**batch, "shift_labels": next_labels(batch)} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Called by `create_optimizer`."""
@@ -190,6 +206,9 @@ class XLSTMTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """As in Trainer, and the z-loss while training."""
+        if self.compute_loss_func == self._smoothed and "labels" in inputs:
+            shifted = next_labels(inputs)  # what a function of the labels alone cannot know
+            inputs = {**inputs, "labels": shifted, "shift_labels": shifted}
         if not self.z_loss or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

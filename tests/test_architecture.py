@@ -84,7 +84,9 @@ TRAVELLING = {
         | {"decoding_xlstm", "pretrained_xlstm"},
         {"torch", "transformers"},
     ),
-    "forecasting_xlstm": Module(9, {CONFIG, "modeling_xlstm", "pretrained_xlstm"}, {"torch", "transformers"}),
+    "forecasting_xlstm": Module(
+        9, {CONFIG, TOKENS, "cache_xlstm", "modeling_xlstm", "pretrained_xlstm"}, {"torch", "transformers"}
+    ),
 }
 MODULES = {
     **TRAVELLING,
@@ -98,7 +100,7 @@ MODULES = {
     "gates_xlstm": Module(HOME, {STATES, LEAN}, {"torch"}),
     "memory_xlstm": Module(HOME, {CONFIG, STATES, COMMON, "modeling_xlstm"}, {"torch"}),
     "recurrent_xlstm": Module(HOME, {STATES, COMMON, "ops_mlstm", "ops_slstm", "layers_xlstm"}, {"torch"}),
-    "sequence_xlstm": Module(HOME, {CONFIG, "modeling_xlstm", "forecasting_xlstm"}, {"torch"}),
+    "sequence_xlstm": Module(HOME, {CONFIG, TOKENS, "modeling_xlstm", "forecasting_xlstm"}, {"torch"}),
     "forecasting_cells": Module(HOME + 1, {STATES, COMMON, "recurrent_xlstm"}, {"torch"}),
     "__init__": Module(
         HOME + 1,

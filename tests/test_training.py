@@ -17,9 +17,9 @@ from inputs import STYLES, tiny_config, tiny_model, tokens
 from processes import launch_two
 from tolerances import FLOAT32, TRAINED, assert_identical, assert_same
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 
-from modeling_xlstm import XLSTMForCausalLM
+from modeling_xlstm import XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMForTokenClassification
 from modeling_xlstm.training_xlstm import Segments, XLSTMTrainer, decayed_parameters, next_labels
 
 
@@ -66,6 +66,80 @@ def nats_of_whole_documents(model: Any, segments: Segments) -> Tensor:
             logits = model(stream[None, start:stop]).logits[0, : len(targets)]
         nats[start : start + len(targets)] = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     return nats
+
+
+def described(kind: str, T: int = 8) -> list[dict[str, Tensor]]:
+    """Four rows for a collator: plain, padded, or of two documents each."""
+    columns: dict[str, dict[str, Tensor]] = {
+        "plain": {},
+        "left padding": {"attention_mask": (torch.arange(T) > 2).long()},
+        "right padding": {"attention_mask": (torch.arange(T) < 5).long()},
+        "seq_idx": {"seq_idx": torch.arange(T) // 4},
+        "position_ids": {"position_ids": torch.arange(T) % 4},
+    }
+    return [{"input_ids": ids, "labels": ids, **columns[kind]} for ids in tokens(4, T)]
+
+
+def trained_once(
+    trainer_class: Any, model: Any, data: list[dict[str, Tensor]], folder: Path, batch: int = 4, **options: Any
+) -> list[float]:
+    """Loss and norm of the gradient of one step on four examples."""
+    given: dict[str, Any] = {
+        "per_device_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch, "max_steps": 1,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "learning_rate": 0.0,
+    }  # fmt: skip
+    run = trainer_class(model, TrainingArguments(str(folder), **given, **options), train_dataset=data)
+    run.train()
+    (entry,) = (entry for entry in run.state.log_history if "loss" in entry)
+    return [entry["loss"], float(entry["grad_norm"])]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["plain", "left padding", "right padding", "seq_idx", "position_ids"])
+def test_a_loss_is_that_of_the_predicted_tokens_however_rows_are_described_and_accumulated(
+    kind: str, smoothing: float, tmp_path: Path
+) -> None:
+    model, data = tiny_model(XLSTMForCausalLM), described(kind)
+    batch = default_data_collator(data)
+    targets = next_labels(batch)
+    logits = model(**{name: x for name, x in batch.items() if name != "labels"}).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=smoothing)
+    norm = torch.stack([g.square().sum() for g in torch.autograd.grad(loss, list(model.parameters()))]).sum().sqrt()
+    for size in (4, 1):
+        actual = trained_once(XLSTMTrainer, model, data, tmp_path, size, label_smoothing_factor=smoothing)
+        assert_same(torch.tensor(actual), torch.stack([loss, norm]).float(), FLOAT32)
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, XLSTMTrainer])
+def test_smoothed_labels_are_those_of_the_next_tokens(trainer_class: Any, tmp_path: Path) -> None:
+    model, data = tiny_model(XLSTMForCausalLM), described("plain")
+    ids = torch.stack([row["input_ids"] for row in data])
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
+    actual = trained_once(trainer_class, model, data, tmp_path, label_smoothing_factor=0.1)[0]
+    assert_same(torch.tensor(actual), loss.detach().float(), FLOAT32)
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, XLSTMTrainer])
+@pytest.mark.parametrize("model_class", [XLSTMForSequenceClassification, XLSTMForTokenClassification])
+def test_classifiers_train_the_same_however_rows_are_accumulated(
+    model_class: Any, trainer_class: Any, tmp_path: Path
+) -> None:
+    model, data = tiny_model(model_class), described("plain")
+    for i, row in enumerate(data):
+        by_token = (row["input_ids"] % 2).index_fill(0, torch.arange(i), -100)  # as many labels as no other row has
+        row["labels"] = by_token if model_class is XLSTMForTokenClassification else by_token[-1]
+    whole, parts = (trained_once(trainer_class, model, data, tmp_path, size) for size in (4, 1))
+    assert_same(torch.tensor(parts), torch.tensor(whole), FLOAT32)
+
+
+@pytest.mark.parametrize("model_class", [XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMForTokenClassification])
+def test_trainer_leaves_every_model_with_a_head_its_columns(model_class: Any, tmp_path: Path) -> None:
+    model = tiny_model(model_class, input_size=3, vocab_size=61)
+    run = Trainer(model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    run._set_signature_columns_if_needed()
+    wanted = {"input_ids", "input_features", "attention_mask", "labels", "seq_idx", "cu_seq_lens_q", "position_ids"}
+    assert wanted <= set(run._signature_columns)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
