@@ -7,12 +7,14 @@ pass with gradients, stays what it was. The decode loop steps states of its own 
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from .configuration_xlstm import XLSTMConfig
@@ -177,9 +179,18 @@ class XLSTMCache(Cache):
         super().__init__(layers=[XLSTMCacheLayer(block_type) for block_type in block_types])
         self.model = fingerprint(config)
         self.tokens_seen = 0
-        self.unchecked = False
+        self._used_by = config
         self._older: list[_Recording] = []  # up to the last crop
         self._past: list[_Recording] = []  # since then
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> XLSTMCache:
+        """A copy that goes its own way; states that were made with gradients on keep their graph."""
+        tensors = tree_leaves([[layer.held for layer in self.layers], self._older, self._past])
+        # What torch would not copy.
+        memo |= {id(x): x.clone() for x in tensors if isinstance(x, Tensor) and not x.is_leaf}
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
 
     @property
     def recording(self) -> bool:
@@ -363,18 +374,21 @@ class XLSTMCache(Cache):
         if config is not None:
             check_same_model(model, fingerprint(config))
         cache.store_(states, tokens)
-        cache.unchecked = True
         return cache.to(device)
 
     def check_model_(self, config: XLSTMConfig) -> None:
-        """Compare, once after `load`, the model that made the states with the one that will use them.
+        """Compare the model that the states belong to with the one that will use them, once for each that does.
 
         Raises:
             ValueError: they differ; the message names the fields.
         """
-        if self.unchecked:
+        if not self.is_checked(config):
             check_same_model(self.model, fingerprint(config))
-            self.unchecked = False
+            self._used_by = config
+
+    def is_checked(self, config: XLSTMConfig) -> bool:
+        """Whether the states are known to belong to a model of this configuration."""
+        return self._used_by is config
 
     def reset(self) -> None:
         """Forget everything."""

@@ -225,7 +225,7 @@ def _is_plain_step(model: Any, inputs: dict[str, Any]) -> bool:
         and cache.batch_size == ids.shape[0]
         and cache.layers[0].held.cell.m.device == ids.device
         and not cache.recording
-        and not cache.unchecked
+        and cache.is_checked(model.config)
         and not torch.is_grad_enabled()
         and not model.config.output_hidden_states
         and inputs.get("use_cache") is not False

@@ -201,6 +201,8 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
                 f"`past_values` may hold {config.context_length} times, `config.context_length`; got {T}. Pass the "
                 "last ones, or set it to None."
             )
+        if attention_mask is not None and attention_mask.shape != (B, T):
+            raise ValueError(f"`attention_mask` must be [{B}, {T}]; got shape {tuple(attention_mask.shape)}.")
         real = series.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask != 0
         series, seen = series.masked_fill(~real[..., None], 0.0), seen * real[..., None]
         normaliser = Normaliser.of(series, seen, config.instance_norm)

@@ -36,6 +36,20 @@ class XLSTMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     supports_gradient_checkpointing = True
 
+    def __init__(self, config: XLSTMConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        if not config.vocab_size:  # reads frames alone
+            self._input_embed_layer = "frame_proj"
+            self.main_input_name = "input_features" if self.main_input_name == "input_ids" else self.main_input_name
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in Transformers, for models that read ids."""
+        if not self.config.vocab_size:
+            raise ValueError(
+                "`resize_token_embeddings` needs a model with a `vocab_size`; this one reads frames alone."
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in Transformers, which would name this class only: a language model is a classifier's start too."""
         if self._auto_class is not None:

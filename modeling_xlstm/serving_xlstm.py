@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -44,6 +45,10 @@ class Request:
     stop: Sequence[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
+        numbers = {name: _integer(name, getattr(self, name)) for name in ("max_new_tokens", "top_k", "seed")}
+        stop = tuple(_ids("stop", sequence) for sequence in self.stop)
+        for name, value in {"prompt": _ids("prompt", self.prompt), "stop": stop, **numbers}.items():
+            object.__setattr__(self, name, value)
         if not self.prompt:
             raise ValueError("`prompt` must hold at least one token id; got none. Begin with the model's BOS token.")
         if self.max_new_tokens < 1:
@@ -55,6 +60,22 @@ class Request:
             )
         if any(not sequence for sequence in self.stop):
             raise ValueError("`stop` must hold sequences of at least one token id; got an empty one.")
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"`{name}` must be an integer; got {value!r}.") from None
+
+
+def _ids(name: str, ids: Any) -> tuple[int, ...]:
+    """Token ids of a list, an array or a tensor."""
+    try:
+        return tuple(map(operator.index, ids.tolist() if hasattr(ids, "tolist") else ids))
+    except TypeError:
+        what = "token ids" if name == "prompt" else "sequences of token ids"
+        raise ValueError(f"`{name}` must hold {what}, integers; got {ids!r}.") from None
 
 
 @dataclasses.dataclass(frozen=True)

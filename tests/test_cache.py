@@ -110,6 +110,23 @@ def test_a_copy_goes_its_own_way(style: str) -> None:
 
 
 @every_style
+@torch.enable_grad()
+def test_a_copy_of_states_that_were_made_with_gradients_keeps_them(style: str) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, style), tokens(2, 6)
+    cache = XLSTMCache(model.config)
+    cache.activate_past_recording()
+    model(ids, past_key_values=cache)
+    other = copy.deepcopy(cache)
+    gradients = []
+    for each in (cache, other):
+        each.crop(-2)
+        logits = model(ids[:, :2], past_key_values=each).logits
+        (gradient,) = torch.autograd.grad(logits.square().sum(), model.get_input_embeddings().weight, retain_graph=True)
+        gradients.append(gradient)
+    assert_identical(gradients[1], gradients[0])
+
+
+@every_style
 def test_states_handed_out_are_never_written_to(style: str) -> None:
     model, ids, cache = filled(style)
     held = states(cache)
@@ -284,6 +301,9 @@ def test_states_of_another_model_raise_and_name_the_field(other: dict[str, Any],
         XLSTMCache.load(tmp_path / "prompt.safetensors", model.config)
     with pytest.raises(ValueError, match=f"they differ in .*{field}"):
         model(tokens(3, 2), past_key_values=XLSTMCache.load(tmp_path / "prompt.safetensors"))
+    for foreign in (cache, XLSTMCache(tiny_model(XLSTMForCausalLM, "large").config)):
+        with pytest.raises(ValueError, match=f"they differ in .*{field}"):
+            model(tokens(3, 2), past_key_values=foreign)
 
 
 def rewritten(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:

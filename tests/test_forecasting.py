@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForTimeSeriesPrediction, Trainer, TrainingArguments
 
 from modeling_xlstm import XLSTMForForecasting
+from modeling_xlstm.memory_xlstm import enable_checkpointing
 
 LEVELS = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
 HEADS = pytest.mark.parametrize("head", ["quantile", "gaussian"])
@@ -66,6 +67,14 @@ def test_a_forecast_is_in_the_units_and_the_shape_of_the_series(head: str, chann
         assert (output.scale > 0).all()
     plain = forecaster(head, input_size=(*channels, 1)[0], instance_norm=False)
     assert (plain(3 * past - 20).predictions - 3 * plain(past).predictions + 20).abs().max() > 1
+
+
+def test_gradient_checkpointing_changes_no_rollout() -> None:
+    model, past = forecaster(), series()
+    expected = model(past).predictions
+    enable_checkpointing(model.train(), use_reentrant=False)
+    assert_same(model(past).predictions, expected)
+    assert model.generate(past, num_samples=3).sequences.shape == (2, 3, 4)
 
 
 def test_a_constant_series_is_forecast_without_a_scale_of_zero() -> None:
@@ -159,6 +168,7 @@ def test_samples_follow_the_predicted_distribution_and_go_on_from_their_own_draw
         ({}, {"past_covariates": torch.zeros(2, 9, 1)}, "`past_covariates` must be None"),
         ({"num_past_covariates": 2}, {}, r"`past_covariates` must be \[2, 9, 2\]"),
         ({}, {"past_observed_mask": torch.ones(2, 8)}, "`past_values` and its mask"),
+        ({}, {"attention_mask": torch.ones(2, 8)}, r"`attention_mask` must be \[2, 9\]"),
     ],
     ids=str,
 )

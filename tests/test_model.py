@@ -276,6 +276,12 @@ def test_return_dict_false_gives_the_same_tensors_as_a_tuple(style: str) -> None
     named, plain = model(ids, labels=ids), model(ids, labels=ids, return_dict=False)
     assert_identical(plain[0], named.loss)
     assert_identical(plain[1], named.logits)
+    model.config.return_dict = False
+    assert_identical(model(ids, labels=ids)[1], named.logits)
+    assert_identical(model(ids, labels=ids, return_dict=True).logits, named.logits)
+    generated = model.generate(ids, max_new_tokens=3, do_sample=False)
+    model.config.return_dict = True
+    assert_identical(model.generate(ids, max_new_tokens=3, do_sample=False), generated)
 
 
 @every_style

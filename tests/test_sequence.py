@@ -75,6 +75,20 @@ def test_frames_that_are_not_finite_in_padding_reach_no_gradient() -> None:
     assert_identical(list(torch.autograd.grad(model(input_features=x, **given).loss, read.weight)), list(expected))
 
 
+@pytest.mark.parametrize("model_class", [XLSTMModel, XLSTMForSequenceClassification, XLSTMForTokenClassification])
+def test_what_reads_frames_is_the_input_embedding_of_a_model_without_ids(model_class: Any) -> None:
+    """Adapters over checkpointed blocks hook it for their gradients; Trainer gathers the main input."""
+    model = tiny_model(model_class, input_size=3, vocab_size=0)
+    reader = model.base_model.frame_proj
+    assert model.get_input_embeddings() is reader
+    assert model.main_input_name == "input_features"
+    with pytest.raises(ValueError, match="needs a model with a `vocab_size`"):
+        model.resize_token_embeddings(70)
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    assert model(input_features=frames())[0].requires_grad
+
+
 def test_every_token_of_frames_can_be_labelled() -> None:
     model = tiny_model(XLSTMForTokenClassification, input_size=3, vocab_size=0, num_labels=4)
     assert model(input_features=frames()).logits.shape == (2, 9, 4)

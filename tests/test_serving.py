@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -126,11 +127,22 @@ def test_no_more_requests_run_than_there_are_slots() -> None:
         ({"prompt": [1], "top_p": 0.0}, "`top_p` must be in"),
         ({"prompt": [1], "temperature": -1.0}, "must not be negative"),
         ({"prompt": [1], "stop": [[]]}, "`stop` must hold sequences"),
+        ({"prompt": [1], "stop": [5]}, "`stop` must hold sequences of token ids, integers; got 5"),
+        ({"prompt": [1.5, 2]}, "`prompt` must hold token ids, integers; got"),
+        ({"prompt": torch.zeros(1, 2).long()}, "`prompt` must hold token ids, integers; got"),
+        ({"prompt": [1], "max_new_tokens": 2.5}, "`max_new_tokens` must be an integer; got 2.5"),
     ],
 )
 def test_bad_requests_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Request(**options)
+
+
+def test_ids_may_be_arrays_and_tensors() -> None:
+    ids = [3, 4, 5]
+    wanted = Request(ids, stop=[ids[:2]])
+    assert Request(torch.tensor(ids), stop=[torch.tensor(ids[:2])]) == wanted  # type: ignore[arg-type]
+    assert Request(np.array(ids), stop=[np.array(ids[:2])]) == wanted  # type: ignore[arg-type]
 
 
 def test_ids_outside_the_vocabulary_and_no_slots_raise() -> None:

@@ -86,7 +86,8 @@ def trained_once(
     """Loss and norm of the gradient of one step on four examples."""
     given: dict[str, Any] = {
         "per_device_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch, "max_steps": 1,
-        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "learning_rate": 0.0,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+        "learning_rate": 0.0,
     }  # fmt: skip
     run = trainer_class(model, TrainingArguments(str(folder), **given, **options), train_dataset=data)
     run.train()
