@@ -168,8 +168,8 @@ class XLSTMTrainer(Trainer):
     def __init__(self, *args: Any, z_loss: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.z_loss = z_loss
-        model: Any = self.model
-        self._is_language_model = model.get_output_embeddings() is not None
+        head = getattr(self.model, "get_output_embeddings", None)
+        self._is_language_model = head is None or head() is not None  # a wrapper without one is a `StateTuner`
         if self._is_language_model and self.label_smoother is not None and self.compute_loss_func is None:
             self.compute_loss_func = self._smoothed
 

@@ -114,6 +114,14 @@ def plan(arguments: argparse.Namespace) -> Conversion:
     config, weights = read_config(source), find_weights(source)
     shapes = {name: stored.shape for name, stored in weights.items()}
     kind = config.get("model_type")
+    if arguments.weight_mode == "fused":
+        if arguments.to not in ("large", "transformers"):
+            raise WrongInput("`--weight_mode fused` applies to --to large and --to transformers. Leave it out.")
+        if arguments.to == "transformers" and not arguments.no_verify:
+            raise WrongInput(
+                "Transformers' built-in xLSTM cannot load `--weight_mode fused`: its own initialisation fails on it. "
+                "Leave it out, or write it unverified with --no_verify."
+            )
     options = {"max_shard_size": arguments.max_shard_size, "weight_mode": arguments.weight_mode}
     if kind == OURS:
         if arguments.to is None or arguments.origin:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import sysconfig
 import zlib
 from collections.abc import Iterable, Sequence
@@ -108,10 +109,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def load_or_train_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder, which is there or it is not: renaming it into place leaves no half of one."""
+def load_or_train_tokenizer(
+    folder: Path, texts: Iterable[str], vocab_size: int, text_checksum: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder, if it was trained on this text; else a new one in its place.
+
+    It is there or it is not: renaming it into place leaves no half of one.
+    """
+    made_of, wanted = folder / "trained_on.txt", f"{text_checksum} {vocab_size}"
+    if folder.is_dir() and made_of.is_file() and made_of.read_text("utf-8") != wanted:
+        shutil.rmtree(folder)
     if not folder.is_dir():
         unfinished = folder.with_suffix(".unfinished")
         train_tokenizer(texts, vocab_size).save_pretrained(unfinished)
+        (unfinished / made_of.name).write_text(wanted, "utf-8")
         unfinished.replace(folder)
     return AutoTokenizer.from_pretrained(folder)

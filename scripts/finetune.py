@@ -31,8 +31,9 @@ import torch
 import transformers
 from corpus import WrongInput
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from peft import LoraConfig, PeftConfig, PromptTuningConfig
-from runs import end_group
+from runs import end_group, load, parse_flags
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, set_seed
 from transformers.hf_argparser import string_to_bool
 from trl import SFTConfig, SFTTrainer
@@ -63,7 +64,7 @@ def parse(words: Sequence[str]) -> tuple[str, SFTConfig, TuneArguments]:
     if not words or words[0].startswith("-"):
         raise WrongInput(f"The first word must name a checkpoint; got {' '.join(words[:1]) or 'nothing'}.")
     kinds: Any = [SFTConfig, TuneArguments]
-    parser = HfArgumentParser(kinds)
+    parser = HfArgumentParser(kinds, allow_abbrev=False)
     parser.set_defaults(use_cache=True, logging_steps=10)
     if not torch.accelerator.is_available():
         # TRL computes in bfloat16 unless told otherwise, which Trainer refuses on a CPU that it was not told of.
@@ -72,7 +73,16 @@ def parse(words: Sequence[str]) -> tuple[str, SFTConfig, TuneArguments]:
         # Switches whose default TRL finds later, such as --bf16, would want a word after them.
         if action.type is string_to_bool and action.nargs is None:
             action.nargs, action.const = "?", True
-    settings, tune = parser.parse_args_into_dataclasses(list(words[1:]))
+    settings, tune = parse_flags(parser, words[1:])
+    chosen = settings.resume_from_checkpoint
+    if chosen is not None and not (Path(chosen) / "trainer_state.json").is_file():
+        raise WrongInput(f"`--resume_from_checkpoint` must name a folder such as OUT/checkpoint-100; got {chosen}.")
+    for name, method in (("lora_r", "lora"), ("lora_alpha", "lora"), ("prompt_tokens", "prompt")):
+        value = getattr(tune, name)
+        if value < 1:
+            raise WrongInput(f"`--{name}` must be at least 1; got {value}.")
+        if tune.method != method and value != getattr(TuneArguments, name):
+            raise WrongInput(f"`--{name}` applies to --method {method}; got --method {tune.method}. Leave it out.")
     return words[0], settings, tune
 
 
@@ -80,12 +90,17 @@ def read_examples(files: list[str]) -> Dataset:
     missing = [name for name in files if not Path(name).is_file()]
     if missing or not files:
         raise WrongInput(f"`--data` must name files; got {', '.join(missing) or 'none'}, seen from {Path.cwd()}.")
-    rows = load_dataset("json", data_files=files, split="train")
+    try:
+        rows = load_dataset("json", data_files=files, split="train")
+    except (DatasetsError, StopIteration, ValueError) as error:
+        raise WrongInput(f"`--data` must name .jsonl files; {error.__cause__ or error!r}") from error
     kinds = ({"text"}, {"prompt", "completion"}, {"messages"})
     if not any(kind <= set(rows.column_names) for kind in kinds):
         raise WrongInput(
             f"Rows of `--data` must hold `text`, `prompt` and `completion`, or `messages`; got {rows.column_names}."
         )
+    if "text" in rows.column_names and not any(text and str(text).strip() for text in rows["text"]):
+        raise WrongInput(f"`--data` must hold examples to learn; the text of all {len(rows)} is empty.")
     return rows
 
 
@@ -97,7 +112,10 @@ def encode(row: dict[str, Any], tokenizer: Any, longest: int | None) -> dict[str
     else:
         prompt = tokenizer(row.get("prompt", ""), add_special_tokens=False).input_ids
         text = row["text"] if "text" in row else row["completion"]
-    ids = [*prompt, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id][:longest]
+    ids = [*prompt, *tokenizer(text, add_special_tokens=False).input_ids]
+    if ids[-1:] != [tokenizer.eos_token_id]:  # the template of a chat may have written it
+        ids.append(tokenizer.eos_token_id)
+    ids = ids[:longest]
     return {"input_ids": ids, "labels": [-100] * len(prompt[:longest]) + ids[len(prompt) :]}
 
 
@@ -112,14 +130,23 @@ def tune_states(model: Any, tokenizer: Any, rows: Dataset, settings: SFTConfig) 
     refuse(
         settings, ("packing", "padding_free", "assistant_only_loss"), "--method state: every row starts from the states"
     )
+    refuse(settings, ("resume_from_checkpoint",), "--method state, which keeps no checkpoints")
     examples = [encode(row, tokenizer, settings.max_length) for row in rows]
+    learnt = [example for example in examples if any(label != -100 for label in example["labels"][1:])]
+    if not learnt:
+        raise WrongInput(
+            f"`--data` must leave something to learn; all {len(examples)} examples are empty, or their prompts fill "
+            f"--max_length {settings.max_length}."
+        )
+    if len(learnt) < len(examples):
+        print(f"Left out   {len(examples) - len(learnt):,} of {len(examples):,} examples, of which nothing is learnt")
     tuner = StateTuner(model, [tokenizer.eos_token_id])
     trained = sum(x.numel() for x in tuner.parameters() if x.requires_grad)
     print(f"States     {trained:,} numbers are trained, of {model.num_parameters():,} weights none")
     # What it learns is written at the end; a checkpoint of it would hold the frozen model once more.
     settings.save_strategy = "no"
     trainer = XLSTMTrainer(
-        tuner, settings, train_dataset=examples, data_collator=DataCollatorForSeq2Seq(tokenizer, padding="longest")
+        tuner, settings, train_dataset=learnt, data_collator=DataCollatorForSeq2Seq(tokenizer, padding="longest")
     )
     trainer.train()
     write_state(tuner.cache(1), settings)
@@ -153,7 +180,7 @@ def tune_weights(model: Any, tokenizer: Any, rows: Dataset, settings: SFTConfig,
     """Train all weights, adapters or a prompt with TRL, and write a checkpoint or what was added."""
     added = adapters(model, settings, tune)
     trainer = SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer, peft_config=added)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
     trainer.save_model(str(settings.output_dir))
     if tune.method == "prompt":
         learnt: Any = trainer.accelerator.unwrap_model(trainer.model).eval()
@@ -164,7 +191,7 @@ def tune_weights(model: Any, tokenizer: Any, rows: Dataset, settings: SFTConfig,
 
 
 def load_model(checkpoint: str, settings: SFTConfig, tune: TuneArguments) -> Any:
-    options: dict[str, Any] = {"trust_remote_code": True, "dtype": torch.float32}
+    options: dict[str, Any] = {"dtype": torch.float32}
     if tune.quantization is not None:
         if tune.method == "full":
             raise WrongInput("`--quantization` holds weights that cannot be trained; got --method full. Use lora.")
@@ -173,11 +200,11 @@ def load_model(checkpoint: str, settings: SFTConfig, tune: TuneArguments) -> Any
             options["quantization_config"] = quantization(tune.quantization, options["dtype"])
         except ImportError as error:
             raise WrongInput(f"`--quantization` cannot be followed: {error}") from error
-    return AutoModelForCausalLM.from_pretrained(checkpoint, **options)
+    return load("The first word", AutoModelForCausalLM, checkpoint, **options)
 
 
 def load_tokenizer(checkpoint: str, settings: SFTConfig, chats: bool) -> Any:
-    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    tokenizer = load("The first word", AutoTokenizer, checkpoint)
     if settings.chat_template_path is not None:
         path = Path(settings.chat_template_path)
         if not path.is_file():
@@ -208,6 +235,9 @@ def main() -> None:
         run(*parse(sys.argv[1:]))
     except WrongInput as error:
         raise SystemExit(f"finetune.py: {error}") from None
+    except KeyboardInterrupt:
+        print("\nInterrupted. --resume_from_checkpoint goes on from a checkpoint in --output_dir.", file=sys.stderr)
+        raise SystemExit(130) from None
     end_group()
 
 

@@ -131,15 +131,19 @@ def bits_per_byte(loss: float, blocks: Blocks, tokenizer: PreTrainedTokenizerBas
     return loss / math.log(2) * predicted.numel() / int(lengths[predicted].sum())
 
 
-def describe(arguments: argparse.Namespace, text: Text, processes: int) -> dict[str, Any]:
-    """What makes a run this run and no other: resuming it under any other description would give another model."""
+def checksum(text: Text) -> str:
     digest = hashlib.sha256()
     for part in (*text.train, *text.held_out):
         digest.update(part.encode())
         digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def describe(arguments: argparse.Namespace, text: Text, processes: int) -> dict[str, Any]:
+    """What makes a run this run and no other: resuming it under any other description would give another model."""
     return {
         "text": [str(path) for path in arguments.text] or "Python's standard library",
-        "text_sha256": digest.hexdigest(),
+        "text_sha256": checksum(text),
         "steps": arguments.steps,
         "seed": arguments.seed,
         "hidden_size": arguments.hidden_size,
@@ -249,7 +253,7 @@ def train(arguments: argparse.Namespace, text: Text, settings: TrainingArguments
     with settings.main_process_first():
         checkpoint = last_checkpoint(arguments.out / "checkpoints")
         tokenizer = load_or_train_tokenizer(
-            arguments.out / "checkpoints" / "tokenizer", text.train, arguments.vocab_size
+            arguments.out / "checkpoints" / "tokenizer", text.train, arguments.vocab_size, checksum(text)
         )
     blocks, held_out = (make_blocks(tokenizer, texts) for texts in text[:2])
     say(f"Tokenizer  {len(tokenizer):,} tokens; {len(blocks):,} blocks of {BLOCK_TOKENS}, {len(held_out):,} held out")

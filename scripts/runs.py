@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import ProgressCallback, TrainerState
+from corpus import WrongInput
+from transformers import HfArgumentParser, ProgressCallback, TrainerState
 
 LETTING_GO = 0.2  # seconds, a hundred times what a thread needs to drop a tensor
 
@@ -39,13 +41,33 @@ class LossBar(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
 
 
+def parse_flags(parser: HfArgumentParser, words: Sequence[str]) -> tuple[Any, ...]:
+    """The dataclasses of a command line; raise WrongInput for what no flag is, or not allowed together."""
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
+    except ValueError as error:
+        raise WrongInput(str(error)) from error
+    if unknown:
+        raise WrongInput(f"`{unknown[0]}` is no flag; --help lists them. A file of flags comes first.")
+    return tuple(parsed)
+
+
+def load(word: str, auto_class: Any, name: str, **options: Any) -> Any:
+    """A checkpoint's model or tokenizer; `word` is how the caller names it."""
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=True, **options)
+    except (OSError, ValueError) as error:
+        raise WrongInput(f"{word} must name a checkpoint's folder, or one of the Hub; {name}: {error}") from error
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that was written to its end; later ones that were not are deleted."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+    numbered = (path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit())
+    for checkpoint in sorted(numbered, key=step_of, reverse=True):
         try:
             # Trainer writes this file last.
             TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))

@@ -37,8 +37,8 @@ class LSTMCore(nn.Module):
         self.lstm = nn.LSTM(frame_size, width, LAYERS, batch_first=True)
 
     def forward(self, input_features: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
-        hidden, state = self.lstm(input_features, None if past_key_values is None else past_key_values.state)
-        cache = past_key_values or SimpleNamespace()
+        hidden, state = self.lstm(input_features, getattr(past_key_values, "state", None))
+        cache = past_key_values or SimpleNamespace()  # a cache that the head made is taken for its place only
         cache.state = state
         cache.batch_repeat_interleave = lambda repeats: _repeat(cache, repeats)
         return SimpleNamespace(last_hidden_state=hidden, past_key_values=cache)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import datasets
 import transformers
 import yaml  # type: ignore[import-untyped]
 from corpus import WrongInput, load_or_train_tokenizer
-from runs import LossBar, draw_losses, end_group, last_checkpoint, silent, step_of
+from runs import LossBar, draw_losses, end_group, last_checkpoint, load, parse_flags, silent, step_of
 from train_data import DataArguments, Source, Stream, Tokens, not_empty, open_source, tokenise
 from train_metrics import CarriedRun, Costs, Run, peak_flops_of
 from transformers import (
@@ -76,14 +76,14 @@ class RunArguments(DataArguments):
 def parse(words: Sequence[str]) -> tuple[TrainingArguments, RunArguments]:
     """Flags, after those of a recipe if the first word names one."""
     kinds: Any = [TrainingArguments, RunArguments]
-    parser = HfArgumentParser(kinds)
+    parser = HfArgumentParser(kinds, allow_abbrev=False)
     # What a run of ours differs in from Trainer's defaults.
     parser.set_defaults(use_cache=True, include_num_input_tokens_seen=True, logging_steps=20, save_total_limit=2)
     if importlib.util.find_spec("tensorboard") is not None:
         parser.set_defaults(report_to=["tensorboard"])
     if words and words[0].endswith((".yaml", ".yml")):
         words = [*recipe_flags(Path(words[0])), *words[1:]]
-    settings, run = parser.parse_args_into_dataclasses(list(words))
+    settings, run = parse_flags(parser, words)
     return settings, run
 
 
@@ -91,7 +91,10 @@ def recipe_flags(path: Path) -> Iterator[str]:
     """A recipe as flags."""
     if not path.is_file():
         raise WrongInput(f"There is no recipe {path}. Those of the project are in configuration/recipe.")
-    recipe = yaml.safe_load(path.read_text("utf-8"))
+    try:
+        recipe = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise WrongInput(f"{path} must be YAML in UTF-8: {error}") from error
     if not isinstance(recipe, dict):
         raise WrongInput(f"{path} must hold `flag: value` lines; got {type(recipe).__name__}.")
     for name, value in recipe.items():
@@ -108,32 +111,49 @@ def open_model(
     """A new model of a configuration file, or a checkpoint, and its tokenizer."""
     set_seed(settings.seed)
     if not run.model.endswith(".json"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(run.tokenizer or run.model, trust_remote_code=True)
-        return AutoModelForCausalLM.from_pretrained(run.model, trust_remote_code=True), tokenizer
+        tokenizer = load("`--tokenizer`" if run.tokenizer else "`--model`", AutoTokenizer, run.tokenizer or run.model)
+        return load("`--model`", AutoModelForCausalLM, run.model), tokenizer
     if not Path(run.model).is_file():
         raise WrongInput(f"`--model` must name a file or a checkpoint; {run.model} does not exist.")
     if run.streaming and not run.tokenizer:
         raise WrongInput("`--streaming` needs a `--tokenizer`: one cannot be trained on a stream that is read once.")
-    fields = json.loads(Path(run.model).read_text("utf-8"))
+    fields = read_fields(Path(run.model))
     if run.tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(run.tokenizer, trust_remote_code=True)
+        tokenizer = load("`--tokenizer`", AutoTokenizer, run.tokenizer)
     else:
         folder = Path(str(settings.output_dir)) / "tokenizer"
         with settings.main_process_first():
             texts = (text for rows in source.train.iter(1000) for text in not_empty(rows["text"]))
-            tokenizer = load_or_train_tokenizer(folder, texts, fields["vocab_size"])
+            tokenizer = load_or_train_tokenizer(folder, texts, fields["vocab_size"], source.train._fingerprint)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**fields, **ids}))
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**fields, **ids}))
+    except (TypeError, ValueError) as error:
+        raise WrongInput(f"{run.model} describes no model: {error}") from error
     model.generation_config = GenerationConfig(**ids)
     return model, tokenizer
 
 
-def make_rows(run: RunArguments, tokens: Tokens, rows: int, seed: int | None) -> Segments:
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a model file."""
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise WrongInput(f"{path} must be JSON in UTF-8: {error}") from error
+    if not isinstance(fields, dict) or not {"model_type", "vocab_size"} <= fields.keys():
+        raise WrongInput(f"{path} must hold the fields of a configuration, `model_type` and `vocab_size` among them.")
+    return fields
+
+
+def make_rows(run: RunArguments, tokens: Tokens, rows: int, seed: int | None, what: str) -> Segments:
     """Rows of `block_size` tokens: each from an empty state, or, carried, `rows` lanes of segments."""
     if not run.carry_state:
         # One segment per lane: the lanes are what rows of packed documents are.
         rows, seed = -(-len(tokens.ids) // run.block_size), None
-    return Segments(tokens, rows, run.block_size, seed)
+    try:
+        return Segments(tokens, rows, run.block_size, seed)
+    except ValueError as error:
+        raise WrongInput(f"{what}: {error}") from error
 
 
 def make_data(
@@ -150,11 +170,11 @@ def make_data(
         else:
             how = ", found tokenised" if tokens.cached else ""
             say(f"{name:11}{tokens.bytes / 1e6:.2f} MB, {len(tokens.ids):,} tokens{how}")
-    judged = make_rows(run, held_out, settings.eval_batch_size * settings.world_size, None)
+    judged = make_rows(run, held_out, settings.eval_batch_size * settings.world_size, None, "Held out")
     if train is None:
         return Stream(source.train, tokenizer, vocab_size, run.block_size, settings.seed), judged, held_out.bytes
     lanes = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
-    return make_rows(run, train, lanes, settings.seed), judged, held_out.bytes
+    return make_rows(run, train, lanes, settings.seed, "Text"), judged, held_out.bytes
 
 
 def make_trainer(
@@ -191,8 +211,70 @@ def check(run: RunArguments, settings: TrainingArguments) -> None:
         raise WrongInput("`--streaming` needs `--max_steps`, for a stream says not how long it is.")
     if run.streaming and run.carry_state:
         raise WrongInput("`--carry_state` needs every lane's place in the text, which `--streaming` has not.")
+    if run.streaming and settings.dataloader_num_workers > 1:
+        raise WrongInput("`--streaming` takes one `--dataloader_num_workers` at most, for each would read every row.")
+    if settings.save_only_model:
+        raise WrongInput("`--save_only_model` leaves out what a killed training goes on from. Leave it out.")
+    if run.block_size < 1:
+        raise WrongInput(f"`--block_size` must be at least 1; got {run.block_size}.")
+    chosen = settings.resume_from_checkpoint
+    if chosen is not None and not (Path(chosen) / "trainer_state.json").is_file():
+        raise WrongInput(
+            f"`--resume_from_checkpoint` must name a folder that a training wrote, such as OUT/checkpoint-100; got "
+            f"{chosen}. Without it the last one in `--output_dir` is taken."
+        )
+    if Path(str(settings.output_dir)).is_file():
+        raise WrongInput(f"`--output_dir` must name a folder; {settings.output_dir} is a file.")
     if settings.prediction_loss_only:
         raise WrongInput("`--prediction_loss_only` leaves out the nats that bits per byte are made of. Leave it out.")
+
+
+# Of TrainingArguments: what decides what is learnt. Of the numbers of steps, more may be asked for later.
+DECIDING = (
+    "seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16",
+)  # fmt: skip
+
+
+def describe(run: RunArguments, settings: TrainingArguments, source: Source) -> dict[str, Any]:
+    """What makes a run this run and no other: going on under any other description would give another model."""
+    is_file = run.model.endswith(".json") and Path(run.model).is_file()
+    text = source.about if run.streaming else f"{source.train._fingerprint} {source.held_out._fingerprint}"
+    return {
+        "model": read_fields(Path(run.model)) if is_file else run.model,
+        "text": text,
+        **{name: getattr(run, name) for name in ("tokenizer", "block_size", "carry_state", "z_loss")},
+        **{name: getattr(settings, name) for name in DECIDING},
+        "rows of a step": settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size,
+        "max_steps": settings.max_steps,
+        "num_train_epochs": settings.num_train_epochs,
+    }
+
+
+def open_run(run: RunArguments, settings: TrainingArguments, source: Source) -> Path | None:
+    """The checkpoint to go on from, if there is one; raise WrongInput if it is of another run."""
+    folder, described = Path(str(settings.output_dir)), json.loads(json.dumps(describe(run, settings, source)))
+    file, checkpoint = folder / "training_run.json", last_checkpoint(folder)
+    if checkpoint is not None and file.is_file() and settings.resume_from_checkpoint is None:
+        changed = list(differences(json.loads(file.read_text("utf-8")), described))
+        if changed:
+            raise WrongInput(
+                f"{folder} holds another run ({'; '.join(changed)}). Choose another folder, or go on from it all the "
+                f"same with --resume_from_checkpoint {checkpoint}."
+            )
+    if settings.process_index == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+    return checkpoint
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What of a description has changed; more steps are the same run, longer."""
+    for name, value in now.items():
+        old = before.get(name)
+        is_more = name in ("max_steps", "num_train_epochs") and old is not None and value > old
+        if value != old and not is_more:
+            yield f"{name}: {old}, now {value}" if name not in ("model", "text") else f"another {name}"
 
 
 def train(settings: TrainingArguments, run: RunArguments) -> None:
@@ -204,11 +286,11 @@ def train(settings: TrainingArguments, run: RunArguments) -> None:
     with settings.main_process_first():
         source = open_source(run)
     say(f"Source     {source.about}")
+    with settings.main_process_first():
+        checkpoint = open_run(run, settings, source)
     model, tokenizer = open_model(run, settings, source)
     say(f"Model      {model.num_parameters():,} parameters; {len(tokenizer):,} tokens")
     trainer = make_trainer(run, settings, model, tokenizer, source)
-    with settings.main_process_first():
-        checkpoint = last_checkpoint(folder)
     if settings.resume_from_checkpoint is None and checkpoint is not None:
         settings.resume_from_checkpoint = str(checkpoint)
         say(f"Resuming   at step {step_of(checkpoint):,}")
@@ -231,11 +313,14 @@ def train(settings: TrainingArguments, run: RunArguments) -> None:
 def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
-        train(*parse(sys.argv[1:]))
+        settings, run = parse(sys.argv[1:])
+        train(settings, run)
     except WrongInput as error:
         raise SystemExit(f"train.py: {error}") from None
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        kept = last_checkpoint(Path(str(settings.output_dir)))
+        where = "the start: there is no checkpoint yet" if kept is None else f"step {step_of(kept):,}"
+        print(f"\nInterrupted. The same command goes on from {where}.", file=sys.stderr)
         raise SystemExit(130) from None
     end_group()
 

@@ -77,7 +77,10 @@ def open_source(data: DataArguments) -> Source:
     if missing:
         raise WrongInput(f"`--text` must name files; {', '.join(missing)} is none, seen from {Path.cwd()}.")
     kind = {"jsonl": "json"}.get(kind := kinds.pop(), kind)
-    found = datasets.load_dataset(kind, data_files=data.text, streaming=data.streaming)
+    try:
+        found = datasets.load_dataset(kind, data_files=data.text, streaming=data.streaming)
+    except (datasets.exceptions.DatasetsError, StopIteration, ValueError) as error:
+        raise WrongInput(f"{', '.join(data.text)} cannot be read as {kind}: {error.__cause__ or error!r}") from error
     return split(data, found, ", ".join(Path(name).name for name in data.text))
 
 
@@ -148,7 +151,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], vocab_size:
 
 
 def not_empty(texts: Iterable[Any]) -> list[str]:
-    return [text for text in texts if text and text.strip()]
+    found = []
+    for text in texts:
+        if text is not None and not isinstance(text, str):
+            raise WrongInput(f"The column of the text must hold text; got {type(text).__name__}. See --text_column.")
+        if text and text.strip():
+            found.append(text)
+    return found
 
 
 class MappedIds:

@@ -194,9 +194,10 @@ def test_the_description_of_a_machine_holds_no_path_of_it(tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-def test_weights_in_fewer_bits_are_judged_and_timed(tmp_path: Path) -> None:
-    result = benchmark("benchmark_quantised.py", tmp_path, "neurips", "--tiny", rounds=1, batches=1)
-    rows = result["neurips"]
+@pytest.mark.parametrize("style", ["large", "neurips"])
+def test_weights_in_fewer_bits_are_judged_and_timed(style: str, tmp_path: Path) -> None:
+    result = benchmark("benchmark_quantised.py", tmp_path, style, "--tiny", rounds=1, batches=1)
+    rows = result[style]
     plain = rows["float32"]
     assert len(rows) == 2 * (1 + len(LIBRARIES))
     assert all(row["weight_bytes"] < plain["weight_bytes"] for name, row in rows.items() if name != "float32")

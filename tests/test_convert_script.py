@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from checkout import ROOT
-from inputs import tiny_config
+from inputs import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from test_architecture import TRAVELLING
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -111,7 +111,7 @@ def test_the_published_format_becomes_a_folder_that_loads_and_comes_back_bit_by_
     assert_identical(dict(again.state_dict()), tensors(published))
     run(script, "ours", "fused", "--to", "transformers", "--weight_mode", "fused", "--no_verify")
     assert "backbone.blocks.11.mlstm_layer.qkv_opreact.weight" in tensors(Path("fused"))
-    run(script, "fused", "unfused", "--no_verify")
+    run(script, "fused", "unfused")
     assert_identical(tensors(Path("unfused")), tensors(ours))
 
 
@@ -192,11 +192,14 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(publishe
     Path("empty").mkdir()
     Path("full").mkdir()
     Path("full/mine").touch()
+    tiny_model(XLSTMForCausalLM).save_pretrained("mine")
     for words, message in (
         (["empty", "out"], "must hold config.json or config.yaml"),
         ([str(published), "out", "--to", "large"], "is no model of ours"),
         ([str(published), "full"], "must be a new or empty folder"),
         ([str(published), "full", "--restart"], "must be a new or empty folder"),
+        ([str(published), "out", "--weight_mode", "fused"], "`--weight_mode fused` applies to --to large"),
+        (["mine", "out", "--to", "transformers", "--weight_mode", "fused"], "cannot load `--weight_mode fused`"),
     ):
         with pytest.raises(script.WrongInput, match=message):
             run(script, *words)

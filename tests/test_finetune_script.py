@@ -12,6 +12,7 @@ import pytest
 import torch
 from inputs import tiny_config
 from peft import PeftModel
+from safetensors.torch import load_file
 from test_trl import word_tokenizer
 from tolerances import assert_identical
 from transformers import AutoModelForCausalLM
@@ -180,14 +181,50 @@ def test_of_a_chat_the_answers_alone_can_be_learnt(
         ),
         (["--data", "messages.jsonl", "--chat_template_path", "no.jinja"], "must name a .jinja file; no.jinja is none"),
         (["--data", "none.jsonl"], "`--data` must name files; got none.jsonl"),
+        (["--data", "broken.jsonl"], "`--data` must name .jsonl files; "),
+        (["--data", "blank.jsonl"], "the text of all 2 is empty"),
+        (
+            ["--data", "completion.jsonl", "--method", "state", "--max_length", "1"],
+            "all 8 examples are empty, or",
+        ),
+        (["--data", "text.jsonl", "--method", "state", "--lora_r", "3"], "`--lora_r` applies to --method lora; got"),
+        (["--data", "text.jsonl", "--lora_r", "0"], "`--lora_r` must be at least 1; got 0"),
+        (["--data", "text.jsonl", "--resume_from_checkpoint", "no"], "must name a folder such as OUT/checkpoint-100"),
+        (["--data", "text.jsonl", "--foo"], "`--foo` is no flag"),
         (["--method", "full"], "`--data` must name files; got none"),
         (["--data", "other.jsonl"], r"must hold `text`, `prompt` and `completion`, or `messages`; got \['body'\]"),
     ],
 )
 def test_examples_that_cannot_be_learnt_from_are_refused(words: list[str], message: str, script: ModuleType) -> None:
     Path("other.jsonl").write_text('{"body": "w5"}\n', "utf-8")
+    Path("blank.jsonl").write_text('{"text": ""}\n{"text": " "}\n', "utf-8")
+    Path("broken.jsonl").write_text('{"text": "w5', "utf-8")
     with pytest.raises(script.WrongInput, match=message):
         tune(script, *words)
+
+
+def test_a_checkpoint_that_is_none_is_refused(script: ModuleType) -> None:
+    with pytest.raises(script.WrongInput, match="first word must name a checkpoint's folder, or .*; nowhere"):
+        script.run(*script.parse(["nowhere", "--data", "text.jsonl", "--use_cpu"]))
+
+
+def test_a_chat_has_one_end_token_whether_its_template_writes_it_or_not(script: ModuleType) -> None:
+    tokenizer, row = word_tokenizer(), ROWS["messages"]
+    encoded = []
+    for template in (TEMPLATE, TEMPLATE + "{{ eos_token }}"):
+        tokenizer.chat_template = template
+        encoded.append(script.encode(row, tokenizer, None)["input_ids"])
+    assert encoded[0] == encoded[1]
+    assert encoded[0].count(tokenizer.eos_token_id) == 1
+
+
+def test_a_fine_tuning_goes_on_from_a_checkpoint(script: ModuleType) -> None:
+    words = ["--data", "text.jsonl", "--method", "full", "--save_strategy", "steps", "--save_steps", "5"]
+    tune(script, *words)
+    Path("out").rename("whole")
+    tune(script, *words, "--resume_from_checkpoint", "whole/checkpoint-5")
+    assert not Path("out/checkpoint-5").exists()
+    assert_identical(load_file("out/model.safetensors"), load_file("whole/model.safetensors"))
 
 
 def test_chats_without_a_template_are_refused(script: ModuleType) -> None:

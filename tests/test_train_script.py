@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+import runs
 import torch
 import train
 import train_data
@@ -93,7 +94,7 @@ def test_a_run_leaves_a_checkpoint_that_loads_and_the_bits_per_byte_of_the_held_
     documents = train_data.encode(tokenizer, held_out, 320)
     _, arguments = script.parse(["recipe.yaml", "--output_dir", "run", "--carry_state", carry])
     tokens = train_data.tokenise(arguments, train_data.Dataset.from_dict({"text": held_out}), tokenizer, 320, "read")
-    lanes = script.make_rows(arguments, tokens, 4, None).edges
+    lanes = script.make_rows(arguments, tokens, 4, None, "read").edges
     # Each document by itself, cut where a lane ends; those are rows of 32 tokens if nothing is carried.
     ids, ends = torch.tensor(list(itertools.chain(*documents))), list(itertools.accumulate(map(len, documents)))
     nats = 0.0
@@ -184,14 +185,68 @@ def test_two_processes_train_to_the_weights_of_one(script: ModuleType, tmp_path:
         (["--text", "none.txt"], "`--text` must name files"),
         (["--text", "rows.jsonl", "--text_column", "body"], "a column `body` is needed; got"),
         (["--prediction_loss_only"], "`--prediction_loss_only` leaves out the nats"),
+        (["--save_only_model"], "`--save_only_model` leaves out what a killed training goes on from"),
+        (["--block_size", "0"], "`--block_size` must be at least 1; got 0"),
+        (["--carry_state", "--per_device_train_batch_size", "90000"], "Text: .*lanes"),
+        (["--resume_from_checkpoint", "true"], "`--resume_from_checkpoint` must name a folder that a training wrote"),
+        (["--output_dir", "first.txt"], "`--output_dir` must name a folder; first.txt is a file"),
+        (["--foo", "3"], "`--foo` is no flag"),
+        (["--learning_rat", "3"], "`--learning_rat` is no flag"),
+        (["--text", "broken.jsonl"], "broken.jsonl cannot be read as json"),
+        (["--text", "numbers.jsonl"], "The column of the text must hold text; got int"),
+        (["--model", "broken.jsonl", "--tokenizer", "."], "`--tokenizer` must name a checkpoint's folder"),
+        (["--model", "list.json"], "list.json must hold the fields of a configuration"),
+        (["--model", "broken.json"], "broken.json must be JSON in UTF-8"),
+        (["--model", "typo.json"], "typo.json describes no model: .*num_headz"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_by_name(
     words: list[str], message: str, script: ModuleType, tmp_path: Path
 ) -> None:
     Path("rows.jsonl").write_text('{"text": "a b c"}\n{"text": "d e f"}\n', "utf-8")
+    Path("numbers.jsonl").write_text('{"text": 1}\n{"text": 2}\n' * 40, "utf-8")
+    Path("list.json").write_text("[1, 2]", "utf-8")
+    Path("typo.json").write_text(json.dumps({**MODEL, "num_headz": 2}), "utf-8")
+    for name in ("broken.jsonl", "broken.json"):
+        Path(name).write_text('{"text": "a b', "utf-8")
     with pytest.raises(script.WrongInput, match=message):
         run(script, *words)
+
+
+def test_another_run_in_the_folder_is_refused_unless_it_is_asked_for(script: ModuleType) -> None:
+    run(script, "--max_steps", "6")
+    Path("other.json").write_text(json.dumps({**MODEL, "hidden_size": 32}), "utf-8")
+    changes = {
+        ("--learning_rate", "1e-4"): r"learning_rate: 0\.01, now 0\.0001",
+        ("--max_steps", "3"): "max_steps: 6, now 3",
+        ("--block_size", "16"): "block_size: 32, now 16",
+        ("--text", "second.txt"): "another text",
+        ("--model", "other.json"): "another model",
+        ("--carry_state",): "carry_state: False, now True",
+    }
+    for words, message in changes.items():
+        with pytest.raises(
+            script.WrongInput, match=rf"run holds another run \({message}\)\. Choose another folder, or"
+        ):
+            run(script, "--max_steps", "6", *words)
+    run(script, "--max_steps", "9", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2")
+    resumed = ["--resume_from_checkpoint", "run/checkpoint-9", "--learning_rate", "1e-4"]
+    run(script, "--max_steps", "12", *resumed)
+    assert json.loads(Path("run/trainer_state.json").read_text("utf-8"))["global_step"] == 12
+
+
+def test_a_tokenizer_of_another_text_is_trained_anew(script: ModuleType) -> None:
+    """A run that was refused for its text leaves one behind."""
+    Path("tiny.txt").write_text("a b c d e", "utf-8")
+    with pytest.raises(script.WrongInput, match="There is no document with text to be held out"):
+        run(script, "--text", "tiny.txt")
+    run(script)
+    assert len(AutoTokenizer.from_pretrained("run/tokenizer")) == MODEL["vocab_size"]
+
+
+def test_folders_that_only_sound_like_checkpoints_are_none(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-best").mkdir()
+    assert runs.last_checkpoint(tmp_path) is None
 
 
 def test_a_recipe_that_is_missing_or_none_is_refused(script: ModuleType) -> None:
@@ -212,14 +267,14 @@ def test_flags_win_over_the_recipe(script: ModuleType) -> None:
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(script: ModuleType) -> None:
     texts = [Path("first.txt").read_text("utf-8")]
-    tokenizer = script.load_or_train_tokenizer(Path("tokenizer"), texts, 320)
+    tokenizer = script.load_or_train_tokenizer(Path("tokenizer"), texts, 320, "text")
     with pytest.raises(script.WrongInput, match="and the model knows 300"):
         train_data.encode(tokenizer, texts, 300)
 
 
 def test_prompts_encoded_together_are_continued_as_each_alone(script: ModuleType) -> None:
     texts = [Path("first.txt").read_text("utf-8")]
-    script.load_or_train_tokenizer(Path("tokenizer"), texts, 320)
+    script.load_or_train_tokenizer(Path("tokenizer"), texts, 320, "text")
     tokenizer, model = AutoTokenizer.from_pretrained("tokenizer"), tiny_model(XLSTMForCausalLM, vocab_size=320)
     model.generation_config.eos_token_id = None
     prompts, ids = ["a", texts[0][:40]], []
@@ -254,7 +309,7 @@ def test_text_is_tokenised_once_and_again_where_text_tokenizer_or_vocabulary_cha
 ) -> None:
     texts = words_of(40)
     _, arguments = script.parse(["recipe.yaml", "--output_dir", "x"])
-    tokenizers = [script.load_or_train_tokenizer(Path(f"of{n}"), texts[:n], 300 + n) for n in (20, 40)]
+    tokenizers = [script.load_or_train_tokenizer(Path(f"of{n}"), texts[:n], 300 + n, str(n)) for n in (20, 40)]
 
     def tokens(texts: list[str], which: int, vocab_size: int = 400) -> Any:
         documents = train_data.Dataset.from_dict({"text": texts})
@@ -287,7 +342,7 @@ def test_ids_in_many_chunks_are_read_at_any_places() -> None:
 
 def test_a_stream_packs_every_document_in_turn_and_begins_anew_in_another_order(script: ModuleType) -> None:
     texts = words_of(12)
-    tokenizer = script.load_or_train_tokenizer(Path("tokenizer"), texts, 320)
+    tokenizer = script.load_or_train_tokenizer(Path("tokenizer"), texts, 320, "text")
     documents = train_data.Dataset.from_dict({"text": texts}).to_iterable_dataset()
     rows = list(itertools.islice(train_data.Stream(documents, tokenizer, 320, 32, 0), 200))
     ids, numbers = (torch.cat([row[name] for row in rows]) for name in ("input_ids", "seq_idx"))
@@ -309,7 +364,7 @@ def stream(script: ModuleType, tmp_path: Path) -> Path:
     """A recipe that streams rows of a file."""
     texts = words_of(60)
     train_data.Dataset.from_dict({"text": texts}).to_json("rows.jsonl")
-    script.load_or_train_tokenizer(Path("tokenizer"), texts, 320)
+    script.load_or_train_tokenizer(Path("tokenizer"), texts, 320, "text")
     recipe = RECIPE.replace("text: [first.txt, second.txt]", "")
     more = "streaming: true\nheld_out_documents: 5\ntokenizer: tokenizer\n"
     (tmp_path / "recipe.yaml").write_text(recipe + more, "utf-8")
@@ -342,6 +397,7 @@ def test_a_stream_resumed_after_a_failure_ends_with_the_weights_of_an_undisturbe
     ("words", "message"),
     [
         (["--text", "rows.jsonl", "--max_steps", "-1"], "`--streaming` needs `--max_steps`"),
+        (["--text", "rows.jsonl", "--dataloader_num_workers", "2"], "each would read every row"),
         (["--text", "rows.jsonl", "--carry_state"], "which `--streaming` has not"),
         (["--text", "rows.jsonl", "--text_column", "body"], "a column `body` is needed; got"),
         (["--text", "first.txt"], "`--streaming` applies to a data set"),
