@@ -35,7 +35,7 @@ from modeling_xlstm.quantization_xlstm import LIBRARIES, quantization, weight_by
 
 STYLES = ("large", "neurips")
 PROMPT, NEW = 16, 16  # tokens
-# Norm of the last logits' errors over theirs, against float32: more is a fault, not rounding. A wrong product gives 1.4.
+# Norm of the last logits' errors over theirs, against float32: more is a fault, not rounding. Wrong products give 1.4.
 AGREEMENT = {"bitsandbytes-4bit": 0.6}
 EIGHT_BITS = 0.1
 

@@ -204,7 +204,7 @@ def test_examples_that_cannot_be_learnt_from_are_refused(words: list[str], messa
 
 
 def test_a_checkpoint_that_is_none_is_refused(script: ModuleType) -> None:
-    with pytest.raises(script.WrongInput, match="first word must name a checkpoint's folder, or .*; nowhere"):
+    with pytest.raises(script.WrongInput, match=r"first word must name a checkpoint's folder, or .*; nowhere"):
         script.run(*script.parse(["nowhere", "--data", "text.jsonl", "--use_cpu"]))
 
 
