@@ -92,12 +92,14 @@ def main() -> None:
     for folder in arguments.runs:
         state = read_run(folder)
         histories[folder.name] = state["log_history"]
-        last = [entry for entry in state["log_history"] if "eval_bits_per_byte" in entry][-1]
+        judged = [entry["eval_bits_per_byte"] for entry in state["log_history"] if "eval_bits_per_byte" in entry]
+        if not judged:
+            raise SystemExit(f"compare_runs.py: {folder} has not been judged: its training has not ended.")
         one = ""
         if "extended_lstm" in (folder / "config.json").read_text("utf-8"):
             one = f", {bits_per_byte_in_one_piece(folder, text.held_out):.4f} in one piece"
         tokens = f"{state['num_input_tokens_seen']:,} tokens"
-        print(f"{folder.name:10} {last['eval_bits_per_byte']:.4f} bits per byte after {tokens}{one}")
+        print(f"{folder.name:10} {judged[-1]:.4f} bits per byte after {tokens}{one}")
     if arguments.plot:
         draw(histories, arguments.plot)
     print(f"Machine    {machine_in_words(describe_machine())}")

@@ -47,6 +47,8 @@ from typing import Any, TextIO
 
 import torch
 import transformers
+from flags import number
+from safetensors import SafetensorError
 from torch._dynamo.exc import BackendCompilerFailed
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, TextStreamer, set_seed
@@ -261,7 +263,10 @@ def load(arguments: argparse.Namespace) -> Writer:
             options["quantization_config"] = quantization(arguments.quantization, options.get("dtype", torch.float32))
         except ImportError as error:
             raise WrongInput(f"`--quantization` cannot be followed: {error}") from error
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+    except (OSError, SafetensorError) as error:
+        raise WrongInput(f"{folder} must hold the weights of a model: {error}") from error
     if model.config.model_type != XLSTMConfig.model_type:
         raise WrongInput(
             f"The checkpoint must be of model type {XLSTMConfig.model_type!r}; {folder} is of "
@@ -322,18 +327,6 @@ def save_state(path: Path, cache: XLSTMCache) -> None:
     temporary.replace(path)
 
 
-def number(kind: type, low: float, high: float = float("inf")) -> Any:
-    """A number within bounds, for argparse."""
-
-    def parse_number(word: str) -> Any:
-        value = kind(word)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}; got {word}")
-        return value
-
-    return parse_number
-
-
 def underscored(words: Sequence[str]) -> list[str]:
     """Flags may be spelled with - for _, as those of Transformers' own parser."""
     return [re.sub(r"^--[a-z-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
@@ -362,7 +355,7 @@ def parse() -> argparse.Namespace:
     add("--quantization", choices=list(LIBRARIES), help="keep the blocks' projections in few bits")
     add("--pack_weights", action="store_true", help="on a CPU, keep large matrices once more in its own order: faster")
     add("--compile", action="store_true", help="compile a token's step: half a minute, then faster; needs a compiler")
-    add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of sampling (default: %(default)s)")
     return parser.parse_args(underscored(sys.argv[1:]))
 
 

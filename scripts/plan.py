@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus import WrongInput
+from flags import number, positive
 
 from modeling_xlstm import XLSTMConfig
 from modeling_xlstm.costs_xlstm import flops_per_token, known_peak_flops
@@ -37,26 +38,27 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--devices", type=positive, default=1, help="how many (default: %(default)s)")
     add("--sharding", choices=SHARDINGS, default="none", help="zero3 is FSDP2 too (default: %(default)s)")
     add("--device", help="name of a known GPU, as torch gives it; else --flops")
-    add("--flops", type=float, help="operations a second of one device, without sparsity")
-    add("--memory", type=float, help="GB (10^9 bytes) of one device: says whether the step fits")
-    add("--mfu", type=float, default=0.4, help="share of them that training reaches (default: %(default)s)")
-    add("--total_tokens", type=float, default=1e9, help="to train on (default: %(default)g)")
+    add("--flops", type=number(float, 1), help="operations a second of one device, without sparsity")
+    add("--memory", type=number(float, 1e-3), help="GB (10^9 bytes) of one device: says whether the step fits")
+    add(
+        "--mfu",
+        type=number(float, 1e-6, 1),
+        default=0.4,
+        help="share of them that training reaches (default: %(default)s)",
+    )
+    add("--total_tokens", type=number(float, 1), default=1e9, help="to train on (default: %(default)g)")
     add("--json", action="store_true", help="print JSON")
     return parser.parse_args(words)
 
 
-def positive(word: str) -> int:
-    if not word.isdigit() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {word}")
-    return int(word)
-
-
 def open_config(path: Path) -> XLSTMConfig:
-    if path.is_file():
-        fields = json.loads(path.read_text("utf-8"))
-        return XLSTMConfig(**fields)
-    if (path / "config.json").is_file():
-        return XLSTMConfig.from_pretrained(path)
+    try:
+        if path.is_file():
+            return XLSTMConfig(**json.loads(path.read_text("utf-8")))
+        if (path / "config.json").is_file():
+            return XLSTMConfig.from_pretrained(path)
+    except (TypeError, ValueError) as error:
+        raise WrongInput(f"{path} describes no xLSTM: {error}") from error
     raise WrongInput(f"`model` must be a file of configuration/model or a checkpoint's folder; {path} is neither.")
 
 
@@ -92,7 +94,9 @@ def estimate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak_flops(arguments: argparse.Namespace) -> float | None:
-    if arguments.flops or not arguments.device:
+    if arguments.flops and arguments.device:
+        raise WrongInput("Give --device or --flops; got both.")
+    if not arguments.device:
         return arguments.flops
     peak = known_peak_flops(arguments.device, "float32" if arguments.precision == "float32" else "half")
     if peak is None:

@@ -47,6 +47,7 @@ from corpus import (
     read_files,
     read_standard_library,
 )
+from flags import number, positive
 from runs import LossBar, last_checkpoint, silent, step_of
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -334,22 +335,21 @@ def parse() -> argparse.Namespace:
     add("--out", type=Path, default=Path("xlstm-quickstart"), help="folder to write (default: %(default)s)")
     add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="train on these UTF-8 files instead")
     add("--steps", type=positive, default=2000, help="optimizer steps (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, data order and sampling (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of weights, data order and sampling (default: %(default)s)")
     add("--hidden_size", type=positive, default=128, help="width of the model (default: %(default)s)")
-    add("--vocab_size", type=positive, default=2048, help="tokens, at most (default: %(default)s)")
+    add("--vocab_size", type=number(int, 258), default=2048, help="tokens, at most (default: %(default)s)")
     add("--prompt", default=PROMPT, help="text to complete")
     add("--max_new_tokens", type=positive, default=200, help="of the completion (default: %(default)s)")
     add("--restart", action="store_true", help="delete the run in --out and train anew")
     add("--only_complete", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def positive(word: str) -> int:
-    """A count, for argparse."""
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {number}")
-    return number
+    arguments = parser.parse_args()
+    if arguments.hidden_size % MODEL["num_heads"]:
+        parser.error(
+            f"--hidden_size must be a multiple of {MODEL['num_heads']}, the heads; got {arguments.hidden_size}"
+        )
+    if not arguments.prompt:
+        parser.error("--prompt must hold text")
+    return arguments
 
 
 def run(arguments: argparse.Namespace) -> None:

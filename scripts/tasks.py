@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from flags import number, positive
 from machine import describe_machine
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForTokenClassification
@@ -180,13 +181,15 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def arguments(description: str | None, name: str, tasks: Sequence[str] = ()) -> argparse.Namespace:
+def arguments(
+    description: str | None, name: str, models: Sequence[str], tasks: Sequence[str] = ()
+) -> argparse.Namespace:
     """The options all task scripts take."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out") / name, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, help="training steps of every model; default: the task's own")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--models", nargs="+", help="only these models; default: all")
+    parser.add_argument("--steps", type=positive, help="training steps of every model; default: the task's own")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
+    parser.add_argument("--models", nargs="+", default=list(models), choices=models, help="default: all")
     if tasks:
         parser.add_argument("--tasks", nargs="+", default=list(tasks), choices=tasks, help="default: all")
     return parser.parse_args()

@@ -93,9 +93,9 @@ def measure(kind: str, seed: int, steps: int | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = arguments(__doc__, "digits")
+    options = arguments(__doc__, "digits", MODELS)
     report = Report("Handwritten digits as pixel sequences", options.out, ABOUT)
-    for kind in options.models or MODELS:
+    for kind in options.models:
         report.add(**measure(kind, options.seed, options.steps))
 
     def plot(figure: Any) -> None:

@@ -125,11 +125,11 @@ def measure(kind: str, name: str, seed: int, steps: int | None = None) -> tuple[
 
 
 def main() -> None:
-    options = arguments(__doc__, "forecasting", SERIES)
+    options = arguments(__doc__, "forecasting", MODELS, SERIES)
     report = Report("Forecasts a year ahead", options.out, ABOUT)
     forecasts: dict[tuple[str, str], Tensor] = {}
     for name in options.tasks:
-        for kind in ["naive", *(options.models or MODELS)]:
+        for kind in ["naive", *options.models]:
             row, forecasts[name, kind] = measure(kind, name, options.seed, options.steps)
             report.add(**row)
 

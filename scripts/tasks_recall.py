@@ -73,9 +73,9 @@ def measure(kind: str, seed: int, steps: int | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = arguments(__doc__, "recall")
+    options = arguments(__doc__, "recall", MODELS)
     report = Report("Associative recall", options.out, ABOUT)
-    for kind in options.models or MODELS:
+    for kind in options.models:
         report.add(**measure(kind, options.seed, options.steps))
 
     report.write(lambda figure: draw(figure, report.rows), (5.5, 3.6))

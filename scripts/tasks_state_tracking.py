@@ -120,9 +120,9 @@ def measure(kind: str, task: Task, seed: int, steps: int | None = None) -> dict[
 
 
 def main() -> None:
-    options = arguments(__doc__, "state_tracking", list(TASKS))
+    options = arguments(__doc__, "state_tracking", MODELS, list(TASKS))
     report = Report("State tracking", options.out, ABOUT)
-    for name, kind in itertools.product(options.tasks, options.models or MODELS):
+    for name, kind in itertools.product(options.tasks, options.models):
         report.add(task=name, **measure(kind, TASKS[name], options.seed, options.steps))
 
     report.write(lambda figure: draw(figure, report.rows), (3.2 * len(options.tasks) + 1.5, 3.4))

@@ -143,6 +143,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the checkpoint")
     parser.add_argument("--template", type=Path, default=TEMPLATE, help="default: %(default)s")
     arguments = parser.parse_args()
+    if not arguments.template.is_file():
+        raise SystemExit(f"write_card.py: `--template` must name a file; {arguments.template} is none.")
     try:
         print(write_card(arguments.folder, arguments.template))
     except ValueError as error:

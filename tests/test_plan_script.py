@@ -37,6 +37,8 @@ def test_the_numbers_follow_from_each_other(
     ("words", "message"),
     [
         (["nothing.json"], "nothing.json is neither"),
+        ([str(ROOT / "README.md")], "README.md describes no xLSTM: "),
+        ([MODEL, "--block_size", "8", "--device", "A10G", "--flops", "1e12"], "Give --device or --flops; got both"),
         ([MODEL, "--devices", "2"], "Several devices need a --sharding"),
         ([MODEL, "--block_size", "8", "--device", "A10G"], "No peak is known of `--device A10G`"),
     ],
@@ -50,3 +52,17 @@ def test_a_checkpoint_is_planned_like_its_configuration(tmp_path: Path) -> None:
     plan.open_config(Path(MODEL)).save_pretrained(tmp_path)
     numbers = [plan.estimate(plan.parse([str(path), "--block_size", "32"])) for path in (MODEL, tmp_path)]
     assert numbers[0] == numbers[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mfu", "40"], "argument --mfu: must be a number from 1e-06 to 1; got 40"),
+        (["--flops", "nan"], "argument --flops: must be a number of at least 1; got nan"),
+        (["--batch", "2.5"], "argument --batch: must be a whole number of at least 1; got 2.5"),
+    ],
+)
+def test_numbers_out_of_bounds_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        plan.parse([MODEL, *words])
+    assert message in capsys.readouterr().err
