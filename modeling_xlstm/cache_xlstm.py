@@ -186,8 +186,9 @@ class XLSTMCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> XLSTMCache:
         """A copy that goes its own way; states that were made with gradients on keep their graph."""
         tensors = tree_leaves([[layer.held for layer in self.layers], self._older, self._past])
-        # What torch would not copy.
+        # What torch would not copy, and what belongs to the model.
         memo |= {id(x): x.clone() for x in tensors if isinstance(x, Tensor) and not x.is_leaf}
+        memo[id(self._used_by)] = self._used_by
         other = memo[id(self)] = type(self).__new__(type(self))
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return other
