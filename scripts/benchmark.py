@@ -37,6 +37,7 @@ import torch
 from benchmark_models import FULL, TINY, Contestant, Size, from_state, ids, read, state_bytes
 from benchmark_report import draw_plots, summary, tables, write_between_marks
 from benchmark_works import AGREEMENT, DECODED, F32, NOISE, Work, all_works, large, others
+from flags import new_file, new_folder, number, positive
 from machine import describe_machine
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -235,14 +236,16 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time this package against its peers on the CPU.")
     add = parser.add_argument
     add("--only", nargs="+", default=[], metavar="WORDS", help="rows so named, or whose name contains one of these")
-    add("--rounds", type=int, default=5, help="least turns of each contestant (default: %(default)s)")
-    add("--seconds", type=float, default=5.0, help="short rows take turns for so long (default: %(default)s)")
-    add("--threads", type=int, default=2, help="of torch (default: %(default)s)")
+    add("--rounds", type=positive, default=5, help="least turns of each contestant (default: %(default)s)")
+    add(
+        "--seconds", type=number(float, 0), default=5.0, help="short rows take turns for so long (default: %(default)s)"
+    )
+    add("--threads", type=positive, default=2, help="of torch (default: %(default)s)")
     add("--no_memory", action="store_true", help="measure time only")
     add("--tiny", action="store_true", help="tiny sizes: shows that everything runs, and nothing about speed")
-    add("--json", type=Path, help="write the result there, after every row")
+    add("--json", type=new_file, help="write the result there, after every row")
     add("--from_json", type=Path, help="measure nothing; take the result from there")
-    add("--plots", type=Path, metavar="FOLDER", help="draw there; needs matplotlib")
+    add("--plots", type=new_folder, metavar="FOLDER", help="draw there; needs matplotlib")
     add("--markdown", type=Path, help="put the tables into this document, between its marks")
     return parser.parse_args()
 
@@ -274,6 +277,17 @@ def measure_all(arguments: argparse.Namespace, works: dict[str, Work], size: Siz
     return result
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote."""
+    try:
+        result = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"benchmark.py: `--from_json` must name a file that --json wrote; {error}") from None
+    if not isinstance(result, dict) or not {"about", "rows"} <= result.keys():
+        raise SystemExit(f"benchmark.py: `--from_json` must name a file that --json wrote; {path} is none.")
+    return result
+
+
 def _is_chosen(name: str, names: Container[str], only: list[str]) -> bool:
     """Whether a row is meant: by its whole name, or by words in it that are no row's whole name."""
     return any(words == name if words in names else words in name for words in only)
@@ -285,7 +299,7 @@ def main() -> None:
     size = TINY if arguments.tiny else FULL
     works = all_works(size)
     if arguments.from_json is not None:
-        result = json.loads(arguments.from_json.read_text("utf-8"))
+        result = read_result(arguments.from_json)
     else:
         chosen = {name: work for name, work in works.items() if _is_chosen(name, works, arguments.only or [""])}
         if not chosen and not any(words in CONTEXTS for words in arguments.only):

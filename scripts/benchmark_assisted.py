@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from corpus import read_standard_library
+from flags import checkpoint, new_file, positive
 from machine import describe_machine
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -86,14 +87,14 @@ def contestants(arguments: argparse.Namespace, layers: int) -> tuple[Contestants
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Assisted decoding against plain greedy decoding.")
     add = parser.add_argument
-    add("model", type=Path, help="folder of a trained model and its tokenizer")
-    add("--draft", type=Path, help="folder of a smaller model with the same tokenizer")
-    add("--draft_tokens", type=int, default=5, help="drafted at a time (default: %(default)s)")
-    add("--prompts", type=int, default=8, help="default: %(default)s")
-    add("--prompt_tokens", type=int, default=128, help="of each prompt (default: %(default)s)")
-    add("--new_tokens", type=int, default=128, help="of each text (default: %(default)s)")
-    add("--rounds", type=int, default=5, help="turns of each contestant (default: %(default)s)")
-    add("--json", type=Path, help="also write the result there")
+    add("model", type=checkpoint, help="folder of a trained model and its tokenizer")
+    add("--draft", type=checkpoint, help="folder of a smaller model with the same tokenizer")
+    add("--draft_tokens", type=positive, default=5, help="drafted at a time (default: %(default)s)")
+    add("--prompts", type=positive, default=8, help="default: %(default)s")
+    add("--prompt_tokens", type=positive, default=128, help="of each prompt (default: %(default)s)")
+    add("--new_tokens", type=positive, default=128, help="of each text (default: %(default)s)")
+    add("--rounds", type=positive, default=5, help="turns of each contestant (default: %(default)s)")
+    add("--json", type=new_file, help="also write the result there")
     return parser.parse_args()
 
 

@@ -23,12 +23,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
+from flags import new_file, number
 from machine import describe_machine
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -397,9 +397,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The Triton kernels on one GPU: right first, then fast.")
     add = parser.add_argument
     add("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
-    add("--seconds", type=float, default=440, help="time after which no section is begun (default: %(default)s)")
+    add(
+        "--seconds",
+        type=number(float, 0),
+        default=440,
+        help="time after which no section is begun (default: %(default)s)",
+    )
     add("--checks_only", action="store_true", help="time nothing")
-    add("--json", type=Path, help="also write the result there, after every section")
+    add("--json", type=new_file, help="also write the result there, after every section")
     return parser.parse_args()
 
 

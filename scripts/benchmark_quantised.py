@@ -24,6 +24,7 @@ import transformers
 from benchmark import disagreement, measure, run_once
 from benchmark_models import FULL, TINY, Size, decoding, ours
 from corpus import read_standard_library
+from flags import checkpoint, new_file, positive
 from machine import describe_machine
 from quickstart import bits_per_byte, make_blocks
 from torch import Tensor
@@ -113,14 +114,24 @@ def show(name: str, rows: dict[str, Any], batches: list[int]) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Decoding with weights in fewer bits.")
     add = parser.add_argument
-    add("models", nargs="+", help=f"folders of models, or {' and '.join(STYLES)}: the sizes of scripts/benchmark.py")
-    add("--rounds", type=int, default=5, help="turns of each contestant (default: %(default)s)")
-    add("--threads", type=int, default=2, help="of torch (default: %(default)s)")
-    add("--batches", type=int, nargs="+", default=[1, 8], help="default: %(default)s")
-    add("--blocks", type=int, default=256, help="held-out blocks to judge with (default: %(default)s)")
+    add(
+        "models",
+        nargs="+",
+        type=model,
+        help=f"folders of models, or {' and '.join(STYLES)}: the sizes of scripts/benchmark.py",
+    )
+    add("--rounds", type=positive, default=5, help="turns of each contestant (default: %(default)s)")
+    add("--threads", type=positive, default=2, help="of torch (default: %(default)s)")
+    add("--batches", type=positive, nargs="+", default=[1, 8], help="default: %(default)s")
+    add("--blocks", type=positive, default=256, help="held-out blocks to judge with (default: %(default)s)")
     add("--tiny", action="store_true", help="tiny sizes, which show nothing about speed")
-    add("--json", type=Path, help="also write the result there")
+    add("--json", type=new_file, help="also write the result there")
     return parser.parse_args()
+
+
+def model(word: str) -> str:
+    """A style, or the folder of a checkpoint."""
+    return word if word in STYLES else str(checkpoint(word))
 
 
 def save_untrained(style: str, size: Size, folder: Path) -> Path:

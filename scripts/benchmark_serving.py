@@ -20,10 +20,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from flags import new_file, number, positive
 from machine import describe_machine
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -66,14 +66,19 @@ def seconds(run: Callable[[], Texts]) -> float:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Continuous batching against padded batches.")
     add = parser.add_argument
-    add("--hidden_size", type=int, default=256, help="width of the model (default: %(default)s)")
-    add("--num_hidden_layers", type=int, default=4, help="blocks, sLSTM first and alternating (default: %(default)s)")
-    add("--vocab_size", type=int, default=4096, help="default: %(default)s")
-    add("--slots", type=int, default=8, help="requests that run at once (default: %(default)s)")
-    add("--requests", type=int, default=48, help="default: %(default)s")
-    add("--rounds", type=int, default=5, help="turns of each contestant (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of weights and requests (default: %(default)s)")
-    add("--json", type=Path, help="also write the result there")
+    add("--hidden_size", type=positive, default=256, help="width of the model (default: %(default)s)")
+    add(
+        "--num_hidden_layers",
+        type=positive,
+        default=4,
+        help="blocks, sLSTM first and alternating (default: %(default)s)",
+    )
+    add("--vocab_size", type=positive, default=4096, help="default: %(default)s")
+    add("--slots", type=positive, default=8, help="requests that run at once (default: %(default)s)")
+    add("--requests", type=positive, default=48, help="default: %(default)s")
+    add("--rounds", type=positive, default=5, help="turns of each contestant (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of weights and requests (default: %(default)s)")
+    add("--json", type=new_file, help="also write the result there")
     return parser.parse_args()
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from corpus import count_bytes, read_standard_library
+from flags import new_file
 from machine import describe_machine, machine_in_words
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -79,7 +80,7 @@ def draw(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare finished runs on the standard library.")
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of scripts/train.py --demo")
-    parser.add_argument("--plot", type=Path, help="where to draw the losses")
+    parser.add_argument("--plot", type=new_file, help="where to draw the losses")
     arguments = parser.parse_args()
     text = read_standard_library()
     print(f"Held out   {len(text.held_out)} files, {count_bytes(text.held_out):,} bytes")

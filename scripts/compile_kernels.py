@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from flags import new_file
 from tqdm import tqdm  # type: ignore[import-untyped]
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -219,7 +220,7 @@ def parse() -> argparse.Namespace:
         help="compute capability without its point (default: %(default)s)",
     )
     add("--kernels", default="", help="only kernels whose name matches; the file of --json keeps its other rows")
-    add("--json", type=Path, help="also write the result there")
+    add("--json", type=new_file, help="also write the result there")
     return parser.parse_args()
 
 

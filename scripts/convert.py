@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import transformers
 import yaml  # type: ignore[import-untyped]
+from flags import WrongInput
 from huggingface_hub.repocard_data import ModelCardData
 from official import official_logits
 from shards import Step, Stored, find_weights, pack, read_tensors, shard_names, write_index, write_shard
@@ -51,10 +52,6 @@ TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json",
 TOKENIZER_FILES += ["chat_template*"]
 # Largest difference of logits in float32, of their scale. The official formulations differ by 1e-6 and less.
 CLOSE = 1e-3
-
-
-class WrongInput(Exception):
-    """What cannot be converted, said so that one can mend it."""
 
 
 @dataclass
@@ -114,6 +111,8 @@ def plan(arguments: argparse.Namespace) -> Conversion:
     config, weights = read_config(source), find_weights(source)
     shapes = {name: stored.shape for name, stored in weights.items()}
     kind = config.get("model_type")
+    if arguments.tokenizer and not tokenizer_files(arguments.tokenizer):
+        raise WrongInput(f"`--tokenizer` must name a folder with the files of one; {arguments.tokenizer} holds none.")
     if arguments.weight_mode == "fused":
         if arguments.to not in ("large", "transformers"):
             raise WrongInput("`--weight_mode fused` applies to --to large and --to transformers. Leave it out.")
@@ -170,6 +169,12 @@ def write_weights(work: Conversion) -> int:
     return len(groups)
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    # scripts/train.py leaves a folder of such a name beside the files.
+    files = (path for path in folder.glob("*") if path.is_file())
+    return sorted(path for path in files if any(fnmatch.fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES))
+
+
 def write_rest(work: Conversion, tokenizer: Path) -> bool:
     """Configuration, code, generation configuration, tokenizer; returns whether a text must begin with BOS."""
     if work.to_ours:
@@ -185,10 +190,8 @@ def write_rest(work: Conversion, tokenizer: Path) -> bool:
         shutil.copyfile(work.source / "generation_config.json", work.target / "generation_config.json")
     else:
         GenerationConfig.from_model_config(work.config).save_pretrained(work.target)
-    for path in sorted(tokenizer.iterdir()):
-        # scripts/train.py leaves a folder of such a name beside the files.
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES):
-            shutil.copyfile(path, work.target / path.name)
+    for path in tokenizer_files(tokenizer):
+        shutil.copyfile(path, work.target / path.name)
     needs_bos = bool(work.to_ours and read_config(work.source).get("force_bos_token_insert"))
     if needs_bos and (work.target / "tokenizer.json").is_file():
         begin_with_bos(work.target, work.config.bos_token_id)
@@ -296,7 +299,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         convert(parse())
-    except (WrongInput, ValueError) as error:
+    except ValueError as error:
         raise SystemExit(f"convert.py: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted. The same command goes on from the last shard.") from None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
+from flags import WrongInput
 from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -23,10 +24,6 @@ END, PAD = "<|endoftext|>", "<|padding|>"
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo"}
 SKIPPED_FOLDERS |= {"site-packages", "dist-packages"}
 SKIPPED_FILES = ("_sysconfigdata",)
-
-
-class WrongInput(ValueError):
-    """The caller can mend it: shown as a message, without a traceback."""
 
 
 class Text(NamedTuple):

@@ -29,9 +29,9 @@ from typing import Any
 
 import torch
 import transformers
-from corpus import WrongInput
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
+from flags import WrongInput
 from peft import LoraConfig, PeftConfig, PromptTuningConfig
 from runs import end_group, load, parse_flags
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, set_seed

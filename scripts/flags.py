@@ -1,10 +1,15 @@
-"""Numbers within bounds, for argparse."""
+"""What a command line gets wrong, said in a line: numbers, files and folders for argparse, an error for the rest."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+
+class WrongInput(ValueError):
+    """The caller can mend it: shown as a message, without a traceback."""
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
@@ -25,3 +30,25 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 
 
 positive = number(int, 1)
+
+
+def checkpoint(word: str) -> Path:
+    """The folder of a checkpoint."""
+    path = Path(word)
+    if not (path / "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"must name a checkpoint's folder; {word} holds no config.json")
+    return path
+
+
+def new_file(word: str) -> Path:
+    """A file to write, in a folder that exists."""
+    if (path := Path(word)).is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must name a file in a folder that exists; got {word}")
+    return path
+
+
+def new_folder(word: str) -> Path:
+    """A folder to write, which need not exist yet."""
+    if (path := Path(word)).exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"must name a folder; {word} is a file")
+    return path

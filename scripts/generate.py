@@ -47,7 +47,7 @@ from typing import Any, TextIO
 
 import torch
 import transformers
-from flags import number
+from flags import WrongInput, number
 from safetensors import SafetensorError
 from torch._dynamo.exc import BackendCompilerFailed
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -57,10 +57,6 @@ from modeling_xlstm import XLSTMCache, XLSTMConfig
 from modeling_xlstm.quantization_xlstm import LIBRARIES, quantization
 
 MAX_NEW_TOKENS = 128
-
-
-class WrongInput(ValueError):
-    """The caller can mend it: shown as a message, without a traceback."""
 
 
 class Writer:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from corpus import read_standard_library
+from flags import checkpoint, positive
 from machine import describe_machine, machine_in_words
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -45,8 +46,8 @@ def last_logits(model: XLSTMForCausalLM, ids: Tensor, piece: int, name: str) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Drift of long decoding against float64.")
-    parser.add_argument("checkpoint", type=Path, help="folder with a model and its tokenizer")
-    parser.add_argument("--tokens", type=int, default=100_000, help="to read (default: %(default)s)")
+    parser.add_argument("checkpoint", type=checkpoint, help="folder with a model and its tokenizer")
+    parser.add_argument("--tokens", type=positive, default=100_000, help="to read (default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="default: %(default)s")
     arguments = parser.parse_args()
     ids = read_text(arguments.checkpoint, arguments.tokens)

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from corpus import WrongInput
-from flags import number, positive
+from flags import WrongInput, number, positive
 
 from modeling_xlstm import XLSTMConfig
 from modeling_xlstm.costs_xlstm import flops_per_token, known_peak_flops
@@ -52,14 +51,17 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def open_config(path: Path) -> XLSTMConfig:
+    file = path if path.is_file() else path / "config.json"
+    if not file.is_file():
+        raise WrongInput(f"`model` must be a file of configuration/model or a checkpoint's folder; {path} is neither.")
     try:
-        if path.is_file():
-            return XLSTMConfig(**json.loads(path.read_text("utf-8")))
-        if (path / "config.json").is_file():
-            return XLSTMConfig.from_pretrained(path)
-    except (TypeError, ValueError) as error:
-        raise WrongInput(f"{path} describes no xLSTM: {error}") from error
-    raise WrongInput(f"`model` must be a file of configuration/model or a checkpoint's folder; {path} is neither.")
+        fields = json.loads(file.read_text("utf-8"))
+        kind = fields.get("model_type", XLSTMConfig.model_type)
+        if kind == XLSTMConfig.model_type:
+            return XLSTMConfig(**fields) if path.is_file() else XLSTMConfig.from_pretrained(path)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise WrongInput(f"{file} describes no xLSTM: {error}") from error
+    raise WrongInput(f"{file} must describe a model of type {XLSTMConfig.model_type}; got {kind}.")
 
 
 def estimate(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -41,13 +41,12 @@ from corpus import (
     END,
     PAD,
     Text,
-    WrongInput,
     count_bytes,
     load_or_train_tokenizer,
     read_files,
     read_standard_library,
 )
-from flags import number, positive
+from flags import WrongInput, number, positive
 from runs import LossBar, last_checkpoint, silent, step_of
 from torch import Tensor
 from torch.utils.data import Dataset

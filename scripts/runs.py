@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from corpus import WrongInput
+from flags import WrongInput
 from transformers import HfArgumentParser, ProgressCallback, TrainerState
 
 LETTING_GO = 0.2  # seconds, a hundred times what a thread needs to drop a tensor

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from flags import number, positive
+from flags import new_folder, number, positive
 from machine import describe_machine
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForTokenClassification
@@ -186,7 +186,7 @@ def arguments(
 ) -> argparse.Namespace:
     """The options all task scripts take."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out") / name, help="default: %(default)s")
+    parser.add_argument("--out", type=new_folder, default=Path("out") / name, help="default: %(default)s")
     parser.add_argument("--steps", type=positive, help="training steps of every model; default: the task's own")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
     parser.add_argument("--models", nargs="+", default=list(models), choices=models, help="default: all")

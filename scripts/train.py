@@ -30,7 +30,8 @@ from typing import Any
 import datasets
 import transformers
 import yaml  # type: ignore[import-untyped]
-from corpus import WrongInput, load_or_train_tokenizer
+from corpus import load_or_train_tokenizer
+from flags import WrongInput
 from runs import LossBar, draw_losses, end_group, last_checkpoint, load, parse_flags, silent, step_of
 from train_data import DataArguments, Source, Stream, Tokens, not_empty, open_source, tokenise
 from train_metrics import CarriedRun, Costs, Run, peak_flops_of

@@ -14,8 +14,9 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from corpus import HELD_OUT_ONE_IN, Text, WrongInput, read_files, read_standard_library
+from corpus import HELD_OUT_ONE_IN, Text, read_files, read_standard_library
 from datasets import Dataset, Features, List, Value
+from flags import WrongInput
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -40,6 +41,36 @@ def test_continuous_batching_is_timed_against_padded_batches(tmp_path: Path) -> 
     assert result["new_tokens"] >= 3 * 4
     assert {"cpu", "threads", "versions"} <= result["about"].keys()
     assert result["ratio"] > 0
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("benchmark", ["--rounds", "0"], "argument --rounds: must be a whole number of at least 1; got 0"),
+        ("benchmark", ["--json", "no/x.json"], "argument --json: must name a file in a folder that exists; got no"),
+        ("benchmark", ["--json", "."], "argument --json: must name a file in a folder that exists; got ."),
+        ("benchmark", ["--plots", "file"], "argument --plots: must name a folder; file is a file"),
+        ("benchmark", ["--from_json", "file"], "`--from_json` must name a file that --json wrote; file is none"),
+        ("benchmark", ["--from_json", "no"], "`--from_json` must name a file that --json wrote; [Errno 2]"),
+        ("benchmark_serving", ["--slots", "0"], "argument --slots: must be a whole number of at least 1; got 0"),
+        ("benchmark_assisted", ["no"], "argument model: must name a checkpoint's folder; no holds no config.json"),
+        ("benchmark_quantised", ["large", "no"], "argument models: must name a checkpoint's folder; no holds no"),
+    ],
+)
+def test_what_a_benchmark_cannot_be_given_is_named(
+    script: str,
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("{}", "utf-8")
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(script).main()
+    assert message in f"{stopped.value.code}\n{capsys.readouterr().err}"
 
 
 @pytest.mark.slow

@@ -199,6 +199,8 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(publishe
         ([str(published), "full"], "must be a new or empty folder"),
         ([str(published), "full", "--restart"], "must be a new or empty folder"),
         ([str(published), "out", "--weight_mode", "fused"], "`--weight_mode fused` applies to --to large"),
+        ([str(published), "out", "--tokenizer", "empty"], "with the files of one; empty holds none"),
+        ([str(published), "out", "--tokenizer", "nowhere"], "with the files of one; nowhere holds none"),
         (["mine", "out", "--to", "transformers", "--weight_mode", "fused"], "cannot load `--weight_mode fused`"),
     ):
         with pytest.raises(script.WrongInput, match=message):

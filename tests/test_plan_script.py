@@ -48,6 +48,13 @@ def test_what_cannot_be_planned_is_refused_by_name(words: list[str], message: st
         plan.estimate(plan.parse(words))
 
 
+@pytest.mark.parametrize("name", ["model.json", "config.json"])
+def test_a_model_of_another_type_is_not_planned_as_an_xlstm(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps({"model_type": "llama", "hidden_size": 64}), "utf-8")
+    with pytest.raises(plan.WrongInput, match="must describe a model of type extended_lstm; got llama"):
+        plan.open_config(tmp_path / name if name == "model.json" else tmp_path)
+
+
 def test_a_checkpoint_is_planned_like_its_configuration(tmp_path: Path) -> None:
     plan.open_config(Path(MODEL)).save_pretrained(tmp_path)
     numbers = [plan.estimate(plan.parse([str(path), "--block_size", "32"])) for path in (MODEL, tmp_path)]
