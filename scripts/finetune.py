@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Dataset
 from flags import WrongInput
 from peft import LoraConfig, PeftConfig, PromptTuningConfig
-from runs import end_group, load, parse_flags
+from runs import check_resumed, end_group, load, parse_flags
+from train_data import load_files
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, set_seed
 from transformers.hf_argparser import string_to_bool
 from trl import SFTConfig, SFTTrainer
@@ -74,9 +74,7 @@ def parse(words: Sequence[str]) -> tuple[str, SFTConfig, TuneArguments]:
         if action.type is string_to_bool and action.nargs is None:
             action.nargs, action.const = "?", True
     settings, tune = parse_flags(parser, words[1:])
-    chosen = settings.resume_from_checkpoint
-    if chosen is not None and not (Path(chosen) / "trainer_state.json").is_file():
-        raise WrongInput(f"`--resume_from_checkpoint` must name a folder such as OUT/checkpoint-100; got {chosen}.")
+    check_resumed(settings.resume_from_checkpoint, "the tuning begins anew")
     for name, method in (("lora_r", "lora"), ("lora_alpha", "lora"), ("prompt_tokens", "prompt")):
         value = getattr(tune, name)
         if value < 1:
@@ -87,13 +85,7 @@ def parse(words: Sequence[str]) -> tuple[str, SFTConfig, TuneArguments]:
 
 
 def read_examples(files: list[str]) -> Dataset:
-    missing = [name for name in files if not Path(name).is_file()]
-    if missing or not files:
-        raise WrongInput(f"`--data` must name files; got {', '.join(missing) or 'none'}, seen from {Path.cwd()}.")
-    try:
-        rows = load_dataset("json", data_files=files, split="train")
-    except (DatasetsError, StopIteration, ValueError) as error:
-        raise WrongInput(f"`--data` must name .jsonl files; {error.__cause__ or error!r}") from error
+    rows = load_files("--data", files, "jsonl", split="train")
     kinds = ({"text"}, {"prompt", "completion"}, {"messages"})
     if not any(kind <= set(rows.column_names) for kind in kinds):
         raise WrongInput(

@@ -47,7 +47,7 @@ from corpus import (
     read_standard_library,
 )
 from flags import WrongInput, number, positive
-from runs import LossBar, last_checkpoint, silent, step_of
+from runs import LossBar, differences, last_checkpoint, silent, step_of
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -161,8 +161,7 @@ def open_run(arguments: argparse.Namespace, text: Text, processes: int) -> None:
     run = describe(arguments, text, processes)
     if file.is_file() and not arguments.restart:
         before = json.loads(file.read_text("utf-8"))["run"]
-        changed = [f"{name}: {before.get(name)}, now {run[name]}" for name in run if run[name] != before.get(name)]
-        if changed:
+        if changed := differences(before, run):
             raise WrongInput(
                 f"{folder} holds another run ({'; '.join(changed)}). Add --restart to delete it and train anew, "
                 "or choose another folder with --out."

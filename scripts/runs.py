@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,28 @@ def parse_flags(parser: HfArgumentParser, words: Sequence[str]) -> tuple[Any, ..
     if unknown:
         raise WrongInput(f"`{unknown[0]}` is no flag; --help lists them. A file of flags comes first.")
     return tuple(parsed)
+
+
+def check_resumed(chosen: str | None, without: str) -> None:
+    """Raise WrongInput if `--resume_from_checkpoint` names no checkpoint; `without` says what happens if none is."""
+    if chosen is not None and not (Path(chosen) / "trainer_state.json").is_file():
+        raise WrongInput(
+            f"`--resume_from_checkpoint` must name a folder that a training wrote, such as OUT/checkpoint-100; got "
+            f"{chosen}. Without it {without}."
+        )
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], may_grow: Sequence[str] = (), unsaid: Sequence[str] = ()
+) -> list[str]:
+    """What of a run's description has changed; of some only that it has, and some may be more than before."""
+    found = []
+    for name, value in now.items():
+        old = before.get(name)
+        is_more = name in may_grow and old is not None and value > old
+        if value != old and not is_more:
+            found.append(f"another {name}" if name in unsaid else f"{name}: {old}, now {value}")
+    return found
 
 
 def load(word: str, auto_class: Any, name: str, **options: Any) -> Any:

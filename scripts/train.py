@@ -22,7 +22,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,18 @@ import transformers
 import yaml  # type: ignore[import-untyped]
 from corpus import load_or_train_tokenizer
 from flags import WrongInput
-from runs import LossBar, draw_losses, end_group, last_checkpoint, load, parse_flags, silent, step_of
+from runs import (
+    LossBar,
+    check_resumed,
+    differences,
+    draw_losses,
+    end_group,
+    last_checkpoint,
+    load,
+    parse_flags,
+    silent,
+    step_of,
+)
 from train_data import DataArguments, Source, Stream, Tokens, not_empty, open_source, tokenise
 from train_metrics import CarriedRun, Costs, Run, peak_flops_of
 from transformers import (
@@ -218,12 +229,7 @@ def check(run: RunArguments, settings: TrainingArguments) -> None:
         raise WrongInput("`--save_only_model` leaves out what a killed training goes on from. Leave it out.")
     if run.block_size < 1:
         raise WrongInput(f"`--block_size` must be at least 1; got {run.block_size}.")
-    chosen = settings.resume_from_checkpoint
-    if chosen is not None and not (Path(chosen) / "trainer_state.json").is_file():
-        raise WrongInput(
-            f"`--resume_from_checkpoint` must name a folder that a training wrote, such as OUT/checkpoint-100; got "
-            f"{chosen}. Without it the last one in `--output_dir` is taken."
-        )
+    check_resumed(settings.resume_from_checkpoint, "the last one in `--output_dir` is taken")
     if Path(str(settings.output_dir)).is_file():
         raise WrongInput(f"`--output_dir` must name a folder; {settings.output_dir} is a file.")
     if settings.prediction_loss_only:
@@ -257,7 +263,8 @@ def open_run(run: RunArguments, settings: TrainingArguments, source: Source) -> 
     folder, described = Path(str(settings.output_dir)), json.loads(json.dumps(describe(run, settings, source)))
     file, checkpoint = folder / "training_run.json", last_checkpoint(folder)
     if checkpoint is not None and file.is_file() and settings.resume_from_checkpoint is None:
-        changed = list(differences(json.loads(file.read_text("utf-8")), described))
+        before = json.loads(file.read_text("utf-8"))
+        changed = differences(before, described, ("max_steps", "num_train_epochs"), ("model", "text"))
         if changed:
             raise WrongInput(
                 f"{folder} holds another run ({'; '.join(changed)}). Choose another folder, or go on from it all the "
@@ -267,15 +274,6 @@ def open_run(run: RunArguments, settings: TrainingArguments, source: Source) -> 
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(described, indent=2) + "\n", "utf-8")
     return checkpoint
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What of a description has changed; more steps are the same run, longer."""
-    for name, value in now.items():
-        old = before.get(name)
-        is_more = name in ("max_steps", "num_train_epochs") and old is not None and value > old
-        if value != old and not is_more:
-            yield f"{name}: {old}, now {value}" if name not in ("model", "text") else f"another {name}"
 
 
 def train(settings: TrainingArguments, run: RunArguments) -> None:

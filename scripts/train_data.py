@@ -74,15 +74,21 @@ def open_source(data: DataArguments) -> Source:
         return of_texts(read_standard_library() if data.demo else read_files([Path(name) for name in data.text]))
     if len(kinds) > 1:
         raise WrongInput(f"`--text` must name files of one kind; got {sorted(kinds)}. Convert them, or train in turns.")
-    missing = [name for name in data.text if not Path(name).is_file()]
-    if missing:
-        raise WrongInput(f"`--text` must name files; {', '.join(missing)} is none, seen from {Path.cwd()}.")
-    kind = {"jsonl": "json"}.get(kind := kinds.pop(), kind)
-    try:
-        found = datasets.load_dataset(kind, data_files=data.text, streaming=data.streaming)
-    except (datasets.exceptions.DatasetsError, StopIteration, ValueError) as error:
-        raise WrongInput(f"{', '.join(data.text)} cannot be read as {kind}: {error.__cause__ or error!r}") from error
+    found = load_files("--text", data.text, kinds.pop(), streaming=data.streaming)
     return split(data, found, ", ".join(Path(name).name for name in data.text))
+
+
+def load_files(flag: str, files: list[str], suffix: str, **options: Any) -> Any:
+    """Rows of the files that a flag names; further options are those of `datasets.load_dataset`."""
+    missing = [name for name in files if not Path(name).is_file()]
+    if missing or not files:
+        raise WrongInput(f"`{flag}` must name files; got {', '.join(missing) or 'none'}, seen from {Path.cwd()}.")
+    kind = {"jsonl": "json"}.get(suffix, suffix)
+    try:
+        return datasets.load_dataset(kind, data_files=files, **options)
+    except (datasets.exceptions.DatasetsError, StopIteration, ValueError) as error:
+        wrong = f"`{flag}` must name .{suffix} files; {', '.join(files)} cannot be read as {kind}"
+        raise WrongInput(f"{wrong}: {error.__cause__ or error!r}") from error
 
 
 def of_texts(text: Text) -> Source:

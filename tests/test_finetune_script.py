@@ -189,7 +189,10 @@ def test_of_a_chat_the_answers_alone_can_be_learnt(
         ),
         (["--data", "text.jsonl", "--method", "state", "--lora_r", "3"], "`--lora_r` applies to --method lora; got"),
         (["--data", "text.jsonl", "--lora_r", "0"], "`--lora_r` must be at least 1; got 0"),
-        (["--data", "text.jsonl", "--resume_from_checkpoint", "no"], "must name a folder such as OUT/checkpoint-100"),
+        (
+            ["--data", "text.jsonl", "--resume_from_checkpoint", "no"],
+            "a folder that a training wrote, such as OUT/checkpoint-100",
+        ),
         (["--data", "text.jsonl", "--foo"], "`--foo` is no flag"),
         (["--method", "full"], "`--data` must name files; got none"),
         (["--data", "other.jsonl"], r"must hold `text`, `prompt` and `completion`, or `messages`; got \['body'\]"),
