@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -158,6 +159,14 @@ def test_the_completion_needs_the_checkpoint_and_not_the_package(finished: tuple
     assert_identical(load_file(run / "model.safetensors"), weights)
 
 
+@pytest.fixture
+def heeding_interrupts() -> Iterator[None]:
+    """Interrupts interrupt: what a shell without job control starts in the background ignores them, children too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def stop_after_a_checkpoint(process: subprocess.Popen[str], checkpoints: Path, by: signal.Signals) -> int:
     """Send the signal as soon as a checkpoint is there that was not before; returns the exit status."""
     before = set(checkpoints.glob("checkpoint-*/trainer_state.json"))
@@ -174,6 +183,7 @@ def stop_after_a_checkpoint(process: subprocess.Popen[str], checkpoints: Path, b
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("heeding_interrupts")
 def test_a_killed_and_an_interrupted_run_end_with_the_weights_of_an_undisturbed_one(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
