@@ -115,12 +115,10 @@ class RecurrentCell(nn.Module):
             raise ValueError(
                 f"`state` must hold {', '.join(fields)}; got {len(state)} tensors. Pass what the last call returned."
             )
-        padded, _ = mark_tokens(inputs.shape[1], len(inputs), lengths, None, inputs.device)
-        if padded is not None:  # 0 times what is not finite would not be 0
-            inputs = inputs.masked_fill(padded[..., None], 0.0)
+        inputs = _real(inputs, lengths)
         h, state = self._run(inputs, None if state is None else self.state_class(*state), lengths)
         outputs = self._gated(h.flatten(2) if self.norm is None else self.norm(h), inputs)
-        return outputs if padded is None else outputs.masked_fill(padded[..., None], 0.0), state
+        return _real(outputs, lengths), state
 
     def init_hidden(self, batch_size: int, device: Any = None) -> Any:
         """The state before any token, for `batch_size` rows; on the device of the parameters unless one is named."""
@@ -152,6 +150,12 @@ class RecurrentCell(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, num_heads={self.num_heads}, gates={self.gates!r}"
+
+
+def _real(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """[B, T, .] with zeros after each row's real tokens, for 0 times what is not finite there would not be 0."""
+    padded, _ = mark_tokens(x.shape[1], len(x), lengths, None, x.device)
+    return x if padded is None else x.masked_fill(padded[..., None], 0.0)
 
 
 def _heads(input_size: int, hidden_size: int, num_heads: int | None) -> int:
@@ -339,6 +343,7 @@ class RecurrentLayers(nn.Module):
 
     def _run(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
         """Every layer over [B, T, input_size]."""
+        x = _real(x, lengths)  # norms and residuals read it too
         states = self._split(state, x.shape[0])
         after: list[Any] = []
         directions = 2 if self.bidirectional else 1

@@ -18,6 +18,9 @@ from modeling_xlstm import MLSTM, SLSTM, MLSTMCell, MLSTMState, SLSTMCell, SLSTM
 
 MODULES = pytest.mark.parametrize("module", [MLSTM, SLSTM])
 CELLS = pytest.mark.parametrize("cell_class", [MLSTMCell, SLSTMCell])
+AROUND = pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True}, {"residual": True}, {"input_norm": True}], ids=str
+)
 GATES = [{}, {"input_gate": "sigmoid"}, {"forget_gate": "exp"}]
 OPTIONS = [
     {**gates, "output_gate": gate, "output_tanh": tanh, "layer_norm": norm}
@@ -108,11 +111,11 @@ def test_one_training_script_runs_with_nn_lstm_and_with_ours(module: Any) -> Non
     assert script(module) == script(nn.LSTM)
 
 
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True}], ids=str)
+@AROUND
 @MODULES
 def test_what_padding_holds_reaches_no_output_state_or_gradient(module: Any, options: dict[str, Any]) -> None:
     """Not even what is not finite, which 0 times is not 0."""
-    rnn, x, lengths = make(module, 5, 8, 2, **options), frames(), torch.tensor([4, 7, 2])
+    rnn, x, lengths = make(module, 8, 8, 2, **options), frames(width=8), torch.tensor([4, 7, 2])
     results = []
     for fill in (0.0, torch.nan, torch.inf):
         padded = x.masked_fill(torch.arange(7)[None, :, None] >= lengths[:, None, None], fill).requires_grad_()
@@ -123,10 +126,10 @@ def test_what_padding_holds_reaches_no_output_state_or_gradient(module: Any, opt
     assert_identical(results[2], results[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"residual": True, "input_norm": True}], ids=str)
+@AROUND
 @MODULES
 def test_lengths_and_packed_sequences_equal_each_row_alone(module: Any, options: dict[str, Any]) -> None:
-    rnn, x, lengths = make(module, 5, 8, 2, **options), frames(), torch.tensor([4, 7, 2])
+    rnn, x, lengths = make(module, 8, 8, 2, **options), frames(width=8), torch.tensor([4, 7, 2])
     outputs, state = rnn(x, lengths=lengths)
     packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
     repacked, packed_state = rnn(packed)
