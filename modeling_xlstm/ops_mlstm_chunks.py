@@ -139,10 +139,10 @@ class _Back(NamedTuple):
         inverse: 1 / normaliser, [J, rows, heads, L, 1].
         of_n: gradient of qn, over h dh, [J, rows, heads, L, 1].
         along: h dh of each token, to be made, [J, rows, heads, L, 1].
-        a: see `Gates`; 0 so far, and so are all below, [J, rows, heads, L, 1].
+        a: of what scores make of it, see `Gates`; 0 so far, and so are all below, [J, rows, heads, L, 1].
         M: see `Gates`; of a near chunk `_Gradients` makes it, [J, rows, heads, L, 1].
         carry: see `Gates`; of a near chunk `_Gradients` makes it, [J, rows, heads, L, 1].
-        write: see `Gates`, [J, rows, heads, L, 1].
+        write: of what the state after the chunk makes of a, [J, rows, heads, L, 1].
         keep: of log keep, if the chunk is near, [R].
     """
 
@@ -184,7 +184,7 @@ class _Gradients:
         M[:, 0, ..., 0] += keep
         M[:, -1, ..., -1] += lift.sum((1, -1)) - keep
         carry[:, 0, ..., 0] += keep
-        gates = torch.stack([a, M, carry, write, along * self._of_floor.squeeze(-1)])
+        gates = torch.stack([a + write, M, carry, along * self._of_floor.squeeze(-1), torch.zeros_like(a)])
         return gates.permute(0, 3, 4, 1, 2, 5)
 
 
@@ -351,11 +351,11 @@ class _Far(_Products):
         torch.mul(self.k.each[0], write, out=self.kw.each[0])
 
     def _weights(self) -> Tensor:
-        """exp(a_s - M_t) where t sees s, scale included, [R, L, L]."""
-        a, M = (x[0].flatten(0, 1) for x in (self.weights.a, self.weights.M))
+        """exp(a_s + rest_s - M_t) where t sees s, scale included, [R, L, L]."""
+        a, M, score = (x[0].flatten(0, 1) for x in (self.weights.a, self.weights.M, self.weights.score))
         weights = weight_of_(a.mT - M)
         seen = weights.tril_() if self.masks.seen is None else weights.mul_(self.masks.seen[0])
-        return seen.mul_(self.q.whole.shape[-1] ** -0.5)
+        return seen.mul_(score.mT)
 
     def _reader(self) -> Tensor:
         """q as it reads S."""

@@ -22,10 +22,11 @@ from .states_xlstm import MLSTMState, compute_dtype
 
 
 def _prepare_gates(
-    log_i: Tensor, log_f: Tensor, m: Tensor, document: Tensor | None, sigmoid_gate: bool
+    log_i: Tensor, log_f: Tensor, m: Tensor, document: Tensor | None, sigmoid_gate: bool, dtype: torch.dtype
 ) -> tuple[Gates, Tensor]:
-    """Turn log gates [B, H, N, J L] and the first stabiliser [B, H] into `Gates` and the last stabiliser.
+    """Turn log gates [B, H, N, J L] and the first stabiliser [B, H] into `Gates` of a dtype and the last stabiliser.
 
+    They come wider than it, for sums over a chunk take digits that differences between neighbours need.
     `document` counts the resets since the start of each chunk, [B, 1, N, J L]; tokens of the same one see each other.
     """
     b = log_f.cumsum(-1)
@@ -44,10 +45,15 @@ def _prepare_gates(
         start = start * reached
         weight = start - base
     M = start - b if sigmoid_gate else torch.maximum(highest, weight)
-    carry, write = weight - M, a - M[..., -1:]
+    # The last M weighs the state after the chunk and is exact; a stabiliser of a token alone may be rounded.
+    last = M[..., -1:]
+    a, M = a - last, (M - last).to(dtype)
+    m_t, carry = b + last + M, weight - last - M
     if document is not None:
         carry = carry.masked_fill(reached == 0, -torch.inf)
-    return Gates(a, M, carry, write, _log_floor(b + M)), m
+    rounded = a.to(dtype)
+    rest = (a - rounded).detach().nan_to_num(nan=0.0)  # of what is -inf
+    return Gates(rounded, M, carry.to(dtype), _log_floor(m_t.to(dtype)), rest.to(dtype)), m
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -58,11 +64,10 @@ def _widened(x: Tensor) -> Tensor:
 @torch.no_grad()
 def _of_highest(a: Tensor, document: Tensor) -> Tensor:
     """Where a [..., J L] was highest so far in the document of each token."""
-    wide = _widened(a)
-    lowest = wide.masked_fill(wide == -torch.inf, torch.inf).amin(-1, keepdim=True)
-    span = (wide.amax(-1, keepdim=True) - lowest).clamp(min=0.0, max=1e30)
+    lowest = a.masked_fill(a == -torch.inf, torch.inf).amin(-1, keepdim=True)
+    span = (a.amax(-1, keepdim=True) - lowest).clamp(min=0.0, max=1e30)
     # Each document lies above all of the one before.
-    return (wide.clamp(min=lowest - 1) + (span + 2) * document).cummax(-1).indices
+    return (a.clamp(min=lowest - 1) + (span + 2) * document).cummax(-1).indices
 
 
 def _log_floor(m: Tensor) -> Tensor:
@@ -82,10 +87,8 @@ def _stabilisers(
         kept = m[..., None] * (torch.ones_like(own) if cut is None else cut).cumprod(-1)
         return torch.cat([m[..., None], kept[..., :-1]], -1), kept[..., -1].clone()  # of returned views FSDP2 warns
     if cut is None:
-        # Sums over a whole sequence lose digits that differences between neighbours need.
-        total = F.pad(_widened(decay).cumsum(-1), (1, 0))
-        highest = torch.cat([_widened(m)[..., None], _widened(own) - total[..., 1:]], -1).cummax(-1).values
-        kept = (highest + total).to(m.dtype)
+        total = F.pad(decay.cumsum(-1), (1, 0))
+        kept = torch.cat([m[..., None], own - total[..., 1:]], -1).cummax(-1).values + total
         return kept[..., :-1], kept[..., -1].clone()
     before = []
     for own_c, decay_c, cut_c in zip(own.unbind(-1), decay.unbind(-1), cut.unbind(-1), strict=True):
@@ -107,9 +110,14 @@ def _cut(T: int, longest: int, block: int) -> tuple[int, int, int]:
 
 
 def _gates_of_chunks(
-    gates: tuple[Tensor, Tensor], m: Tensor, reset: Tensor | None, cut: tuple[int, int, int], sigmoid_gate: bool
+    gates: tuple[Tensor, Tensor],
+    m: Tensor,
+    reset: Tensor | None,
+    cut: tuple[int, int, int],
+    sigmoid_gate: bool,
+    dtype: torch.dtype,
 ) -> tuple[Gates, Tensor, Tensor | None]:
-    """Log gates [B, T, H] -> `Gates`, the last stabiliser and documents by chunk, [B, N, J, L]."""
+    """Wide log gates [B, T, H] -> `Gates`, the last stabiliser and documents by chunk, [B, N, J, L]."""
     (N, J, L), document = cut, None
     missing = N * J * L - gates[0].shape[1]
     log_i, log_f = gates
@@ -119,8 +127,9 @@ def _gates_of_chunks(
         document = _whole_chunks(reset.long(), missing).unflatten(1, (N, J * L)).cumsum(-1)
     padded = (_whole_chunks(x, missing, fill) for x, fill in ((log_i, -torch.inf), (log_f, 0.0)))
     log_i, log_f = (x.transpose(1, 2).unflatten(-1, (N, J * L)).contiguous() for x in padded)
-    made, m = _prepare_gates(log_i, log_f, m, None if document is None else document[:, None], sigmoid_gate)
-    return made, m, None if document is None else document.unflatten(-1, (J, L))
+    by_token = None if document is None else document[:, None]
+    made, m = _prepare_gates(log_i, log_f, m, by_token, sigmoid_gate, dtype)
+    return made, m.to(dtype), None if document is None else document.unflatten(-1, (J, L))
 
 
 @torch.compiler.disable  # a compiler would unroll the loop over chunks, for minutes
@@ -144,17 +153,17 @@ def mlstm_chunkwise_torch(
     """
     (B, T, H, K), V = q.shape, v.shape[-1]
     dtype = compute_dtype(v, state)
-    i_tilde, f_tilde = i_tilde.to(dtype), f_tilde.to(dtype)
+    i_tilde, f_tilde = (_widened(x.to(dtype)) for x in (i_tilde, f_tilde))
     C, n, m = (None, None, i_tilde.new_zeros(B, H)) if state is None else (x.to(dtype) for x in state)
-    gates, sigmoid_gate = log_gates(i_tilde, f_tilde, input_gate), input_gate == "sigmoid"
+    gates, m, sigmoid_gate = log_gates(i_tilde, f_tilde, input_gate), _widened(m), input_gate == "sigmoid"
     block = chunk_size
     # Of wide heads the states between short chunks would take more memory and time than the scores in longer ones.
     while 16 * block**2 < K * V:
         block *= 2
     short, long = _cut(T, 2 * block, 2 * block), _cut(T, max(4 * chunk_size, 2 * block), block)
-    cut, made = long, _gates_of_chunks(gates, m, reset, long, sigmoid_gate)
+    cut, made = long, _gates_of_chunks(gates, m, reset, long, sigmoid_gate, dtype)
     if long[1] > 1 and not all(are_near(made[0].M)):
-        cut, made = short, _gates_of_chunks(gates, m, reset, short, sigmoid_gate)
+        cut, made = short, _gates_of_chunks(gates, m, reset, short, sigmoid_gate, dtype)
     by_chunk, m, document = made
     h, C, n = Chunks.apply(q, k, v, torch.stack(by_chunk).unflatten(-1, cut[1:]), C, n, document, eps)
     return h, MLSTMState(C, n, m)

@@ -19,18 +19,18 @@ class Gates(NamedTuple):
     """The gates of all chunks as the products need them, natural logs.
 
     Attributes:
-        a: weight of token s before stabilisation, [B, H, N, J L].
-        M: stabiliser of token t; exp(a_s - M_t) weighs s at t, [B, H, N, J L].
+        a: weight of token s in the state after the chunk, if no reset is between, [B, H, N, J L].
+        M: stabiliser of token t over the last one; exp(a_s + rest_s - M_t) weighs s at t, [B, H, N, J L].
         carry: weight of the state before the chunk at each token, [B, H, N, J L].
-        write: weight of each token in the state after the chunk, if no reset is between, [B, H, N, J L].
         log_floor: lower bound of the normaliser, [B, H, N, J L].
+        rest: what rounding has taken from a, [B, H, N, J L].
     """
 
     a: Tensor
     M: Tensor
     carry: Tensor
-    write: Tensor
     log_floor: Tensor
+    rest: Tensor
 
 
 # A log weight below LOWEST is none at all. Where M changes by at most NEAR in a chunk, exp(a_s - M_t) is the product of
@@ -97,6 +97,7 @@ class Weights(NamedTuple):
         write: weight in the state after the chunk, if no reset is between, scale included, [J, rows, heads, L, 1].
         floor: lower bound of the normaliser, over lift, [J, rows, heads, L, 1].
         eps: added to the normaliser, over lift, [J, rows, heads, L, 1].
+        score: what a score with the token is to be weighed by besides exp(a_s - M_t), [J, rows, heads, L, 1].
     """
 
     a: Tensor
@@ -105,10 +106,11 @@ class Weights(NamedTuple):
     write: Tensor
     floor: Tensor
     eps: Tensor
+    score: Tensor
 
 
 def weigh(gates: Tensor, group: tuple[slice, slice], K: int, eps: float) -> tuple[Tensor, list[bool]]:
-    """`Weights` of all chunks of a group, [6, N, J, rows, heads, L, 1], and which chunks are near.
+    """`Weights` of all chunks of a group, [7, N, J, rows, heads, L, 1], and which chunks are near.
 
     Args:
         gates: see `Gates`, [5, B, H, N, J, L].
@@ -122,7 +124,7 @@ def weigh(gates: Tensor, group: tuple[slice, slice], K: int, eps: float) -> tupl
     for drop_c, near in zip(drop, kinds, strict=True):
         if not near:
             drop_c.zero_()
-    numbers = torch.stack([g.a, g.M, g.carry + drop, g.write, g.log_floor + drop, drop])
+    numbers = torch.stack([g.a, g.M, g.carry + drop, g.a, g.log_floor + drop, drop, g.rest])
     made = Weights(*numbers)
     weight_of_(numbers[2:4])
     made.write.mul_(K**-0.5)
@@ -130,4 +132,5 @@ def weigh(gates: Tensor, group: tuple[slice, slice], K: int, eps: float) -> tupl
     made.floor.clamp_(-bound, bound)
     numbers[4:].exp_()
     made.eps.mul_(eps)
+    made.score.mul_(K**-0.5)
     return numbers[..., None], kinds
