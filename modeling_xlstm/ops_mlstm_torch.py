@@ -26,7 +26,7 @@ def _prepare_gates(
 ) -> tuple[Gates, Tensor]:
     """Turn log gates [B, H, N, J L] and the first stabiliser [B, H] into `Gates` of a dtype and the last stabiliser.
 
-    They come wider than it, for sums over a chunk take digits that differences between neighbours need.
+    The log gates come wider than that dtype: sums over a chunk take digits that differences between neighbours need.
     `document` counts the resets since the start of each chunk, [B, 1, N, J L]; tokens of the same one see each other.
     """
     b = log_f.cumsum(-1)

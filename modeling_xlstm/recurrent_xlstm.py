@@ -115,10 +115,11 @@ class RecurrentCell(nn.Module):
             raise ValueError(
                 f"`state` must hold {', '.join(fields)}; got {len(state)} tensors. Pass what the last call returned."
             )
-        inputs = _real(inputs, lengths)
+        padded, _ = mark_tokens(inputs.shape[1], len(inputs), lengths, None, inputs.device)
+        inputs = _real(inputs, padded)
         h, state = self._run(inputs, None if state is None else self.state_class(*state), lengths)
         outputs = self._gated(h.flatten(2) if self.norm is None else self.norm(h), inputs)
-        return _real(outputs, lengths), state
+        return _real(outputs, padded), state
 
     def init_hidden(self, batch_size: int, device: Any = None) -> Any:
         """The state before any token, for `batch_size` rows; on the device of the parameters unless one is named."""
@@ -152,9 +153,8 @@ class RecurrentCell(nn.Module):
         return f"{self.input_size}, {self.hidden_size}, num_heads={self.num_heads}, gates={self.gates!r}"
 
 
-def _real(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """[B, T, .] with zeros after each row's real tokens, for 0 times what is not finite there would not be 0."""
-    padded, _ = mark_tokens(x.shape[1], len(x), lengths, None, x.device)
+def _real(x: Tensor, padded: Tensor | None) -> Tensor:
+    """[B, T, .] with zeros where a token is padded, [B, T]: 0 times what is not finite there would not be 0."""
     return x if padded is None else x.masked_fill(padded[..., None], 0.0)
 
 
@@ -343,7 +343,7 @@ class RecurrentLayers(nn.Module):
 
     def _run(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
         """Every layer over [B, T, input_size]."""
-        x = _real(x, lengths)  # norms and residuals read it too
+        x = _real(x, mark_tokens(x.shape[1], len(x), lengths, None, x.device)[0])  # norms and residuals read it too
         states = self._split(state, x.shape[0])
         after: list[Any] = []
         directions = 2 if self.bidirectional else 1

@@ -19,7 +19,9 @@ from modeling_xlstm import MLSTM, SLSTM, MLSTMCell, MLSTMState, SLSTMCell, SLSTM
 MODULES = pytest.mark.parametrize("module", [MLSTM, SLSTM])
 CELLS = pytest.mark.parametrize("cell_class", [MLSTMCell, SLSTMCell])
 AROUND = pytest.mark.parametrize(
-    "options", [{}, {"bidirectional": True}, {"residual": True}, {"input_norm": True}], ids=str
+    "options",
+    [{}, {"bidirectional": True}, {"residual": True}, {"input_norm": True}, {"residual": True, "input_norm": True}],
+    ids=str,
 )
 GATES = [{}, {"input_gate": "sigmoid"}, {"forget_gate": "exp"}]
 OPTIONS = [
