@@ -76,15 +76,21 @@ _packed: Any = WeakIdKeyDictionary()
 
 def pack(weight: Tensor) -> bool:
     """Have a weight packed when it is first read without gradients, if its dtype and this CPU allow."""
-    if _onednn is None or not weight.is_cpu or weight.numel() < LEAST:
-        return False
-    ops, dtype = torch.ops.mkldnn, weight.dtype
-    is_half = (dtype is torch.bfloat16 and ops._is_mkldnn_bf16_supported()) or (
-        dtype is torch.float16 and ops._is_mkldnn_fp16_supported()
-    )
-    if dtype is torch.float32 or is_half:
+    if weight.is_cpu and weight.numel() >= LEAST and is_packable(weight.dtype):
         _packed[weight] = {}
     return weight in _packed
+
+
+def is_packable(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has an order of its own for numbers of a dtype on this CPU."""
+    if _onednn is None:
+        return False
+    ops = torch.ops.mkldnn
+    return (
+        dtype is torch.float32
+        or (dtype is torch.bfloat16 and ops._is_mkldnn_bf16_supported())
+        or (dtype is torch.float16 and ops._is_mkldnn_fp16_supported())
+    )
 
 
 def unpack(weight: Tensor) -> None:

@@ -262,8 +262,8 @@ def measure_all(arguments: argparse.Namespace, works: dict[str, Work], size: Siz
 
     for name, work in tqdm(works.items(), desc="Rows"):
         row: Row = {"work": name, "kind": work.kind, "claims": []}
-        if absent := work.missing():
-            row["left_out"] = f"{', '.join(absent)} is not installed"
+        if obstacle := work.obstacle():
+            row["left_out"] = obstacle
         elif work.timed:
             row |= in_a_process(time_row, name, arguments.rounds, arguments.seconds)
         if work.memory is not None and memory and not {"left_out", "refused"} & row.keys():

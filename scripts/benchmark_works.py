@@ -29,6 +29,7 @@ from torch import Tensor
 
 from modeling_xlstm import mlstm
 from modeling_xlstm.layers_xlstm import SLSTMLayer
+from modeling_xlstm.ops_products import is_packable
 from modeling_xlstm.states_xlstm import Call
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -56,6 +57,7 @@ class Work(NamedTuple):
         judge: makes who computes the same in float64, where contestants round too much to be compared with each other.
             Ours may then be twice as far off as the nearest peer.
         needs: packages without which there is no peer.
+        packs: dtype of the matrices that ours packs, if it does.
         timed: whether time is measured at all.
         floor: makes the least that any contestant must do.
     """
@@ -67,11 +69,17 @@ class Work(NamedTuple):
     agreement: float | None = None
     needs: tuple[str, ...] = ()
     judge: Maker | None = None
+    packs: torch.dtype | None = None
     timed: bool = True
     floor: Maker | None = None
 
-    def missing(self) -> list[str]:
-        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+    def obstacle(self) -> str:
+        """Why the row cannot be measured here; empty if it can."""
+        if missing := [name for name in self.needs if importlib.util.find_spec(name) is None]:
+            return f"{', '.join(missing)} is not installed"
+        if self.packs is not None and not is_packable(self.packs):
+            return f"oneDNN packs no {str(self.packs).removeprefix('torch.')} on this CPU"
+        return ""
 
 
 def each(models: Mapping[str, Callable[[], Any]], task: Callable[..., Contestant], *inputs: Any) -> dict[str, Maker]:
@@ -221,7 +229,7 @@ def large_rows(size: Size) -> Iterator[Row]:
             yield from compiled_rows(f"decode large batch {B} {name}", models, size, B, 64 // size.shrink, work)
             if size.shrink == 1 and (B > 1 or dtype == BF16):  # tiny models have nothing to pack
                 alone = each({"ours": models["ours"]}, packed_decoding, *inputs)
-                packed = work._replace(makers={**work.makers, **alone}, floor=None)
+                packed = work._replace(makers={**work.makers, **alone}, packs=dtype, floor=None)
                 yield f"decode large batch {B} {name}, ours packed", packed
     makers = each(large(size, "inference"), generating, ids(size, 1, 64 // size.shrink), DECODED)
     yield "generate large batch 1", Work(makers, "peer", None, None, 0.0)

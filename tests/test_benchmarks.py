@@ -152,6 +152,27 @@ def test_contestants_that_agree_are_timed_and_compared_with_the_fastest() -> Non
     assert row["claims"][0]["value"] == row["milliseconds"][row["fastest_peer"]] / row["milliseconds"]["ours"]
 
 
+def test_a_row_that_this_machine_cannot_measure_is_left_out_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import benchmark
+    import benchmark_works
+
+    wide = contest({"ours": 1.0, "peer": 1.0})._replace(packs=torch.float32)
+    works = {"absent": wide._replace(needs=("no_such_package",)), "half": wide._replace(packs=torch.bfloat16)}
+    monkeypatch.setattr(benchmark_works, "is_packable", lambda dtype: dtype is torch.float32)
+    monkeypatch.setattr(benchmark, "all_works", lambda size: works)
+    words = ["--tiny", "--threads", "1", "--only", *works, "--json", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    benchmark.main()
+    why = {"absent": "no_such_package is not installed", "half": "oneDNN packs no bfloat16 on this CPU"}
+    rows = json.loads((tmp_path / "out.json").read_text("utf-8"))["rows"]
+    assert {row["work"]: row["left_out"] for row in rows} == why
+    printed = capsys.readouterr().out
+    assert all(f"- not timed: {row}, {reason}" in printed for row, reason in why.items())
+    assert wide.obstacle() == ""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="waits for a machine with Linux, which tells what is resident")
 def test_memory_is_what_a_contestant_allocates_and_not_what_was_there() -> None:
     from benchmark import allocated
@@ -167,6 +188,16 @@ def test_memory_is_what_a_contestant_allocates_and_not_what_was_there() -> None:
     found = allocated("x", Work({"ours": make}, kind="other"), "ours")
     assert 60 < found["fixed"] / 2**20 < 68
     assert 124 < found["peak"] / 2**20 < 136
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_rows_that_pack_weights_say_which(name: str, dtype: torch.dtype) -> None:
+    from benchmark_models import FULL
+    from benchmark_works import all_works
+
+    works = {row: work for row, work in all_works(FULL).items() if name in row}
+    assert {row for row, work in works.items() if work.packs} == {row for row in works if row.endswith("ours packed")}
+    assert {work.packs for work in works.values()} == {None, dtype}
 
 
 def test_every_row_that_was_asked_for_has_its_target() -> None:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from modeling_xlstm import XLSTMForCausalLM, ops_products
 from modeling_xlstm.ops_linear import linear
-from modeling_xlstm.ops_products import MOST_PACKED, WAYS, Packed, pack, packed_together
+from modeling_xlstm.ops_products import MOST_PACKED, WAYS, Packed, is_packable, pack, packed_together
 
 pytestmark = pytest.mark.skipif("onednn" not in WAYS, reason="needs oneDNN")
-HAS_BFLOAT16 = "onednn" in WAYS and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 DTYPES = [
     torch.float32,
-    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="needs oneDNN's bfloat16")),
+    pytest.param(
+        torch.bfloat16, marks=pytest.mark.skipif(not is_packable(torch.bfloat16), reason="needs oneDNN's bfloat16")
+    ),
 ]
 
 
