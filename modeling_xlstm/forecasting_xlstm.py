@@ -25,15 +25,18 @@ class XLSTMForecastOutput(ModelOutput):
 
     Attributes:
         loss: pinball loss or negative log-likelihood per observed future value of the normalised series.
-        predictions: median or mean of each value, [B, prediction_length, input_size].
+        predictions: mean or median of each value, [B, prediction_length, input_size]; if all quantiles lie on one side
+            of the median, the one nearest to it.
         quantiles: the quantiles of `config.quantiles`, sorted, [B, prediction_length, input_size, levels]; or None.
         scale: standard deviation of the Gaussian, [B, prediction_length, input_size]; or None.
+        hidden_states: those of the base model over the past, and over the future if it was given; or None.
     """
 
     loss: Tensor | None = None
     predictions: Tensor | None = None
     quantiles: Tensor | None = None
     scale: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class Normaliser(NamedTuple):
@@ -49,10 +52,12 @@ class Normaliser(NamedTuple):
             return cls(values.new_zeros(()), values.new_ones(()))
         count = observed.sum(1, keepdim=True).clamp(min=1)
         centre = (values * observed).sum(1, keepdim=True) / count
-        variance = ((values - centre).square() * observed).sum(1, keepdim=True) / count
+        deviations = (values - centre) * observed
+        # Their squares may be more or less than a number can be.
+        largest = deviations.abs().amax(1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+        scale = largest * ((deviations / largest).square().sum(1, keepdim=True) / count).sqrt()
         # The rounding of a constant series is no variation of it.
-        floor = (torch.finfo(values.dtype).eps * centre.abs() * 8).square()
-        return cls(centre, torch.where(variance > floor, variance, 1.0).sqrt())
+        return cls(centre, torch.where(scale > torch.finfo(values.dtype).eps * centre.abs() * 8, scale, 1.0))
 
     def apply(self, values: Tensor) -> Tensor:
         """To mean 0 and standard deviation 1."""
@@ -102,34 +107,37 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
             future_values: what came next, [B, prediction_length, input_size] or [B, prediction_length]; each is then
                 forecast from the true values before it.
             future_observed_mask: 1 where a future value was observed; the loss passes over the others.
-            kwargs: `return_dict` is honoured; a keyword that no part of the model knows is warned about.
+            kwargs: `return_dict` and `output_hidden_states` are honoured; a keyword that no part of the model knows is
+                warned about.
 
         Returns:
             output: see `XLSTMForecastOutput`.
 
         Raises:
-            ValueError: a shape does not fit the configuration, or the past is longer than `context_length`.
+            ValueError: a shape does not fit the configuration, the past is longer than `context_length`, or there is a
+                mask of future values without these.
         """
         past = self._frames_of_past(past_values, past_observed_mask, past_covariates, attention_mask)
         if future_values is None:
-            raw = self._roll_out(past, None, kwargs)
-            return self._output(raw, past, None, None)
+            if future_observed_mask is not None:
+                raise ValueError("`future_observed_mask` needs `future_values`; got None. Leave out the mask.")
+            return self._output(*self._roll_out(past, None, kwargs), past)
         future, observed = self._series("future_values", future_values, future_observed_mask)
         if future.shape[1] != self.config.prediction_length or future.shape[0] != past.frames.shape[0]:
             raise ValueError(
                 f"`future_values` must be [{past.frames.shape[0]}, {self.config.prediction_length}, ...] as "
                 f"`config.prediction_length` says; got shape {tuple(future_values.shape)}."
             )
-        future = past.normaliser.apply(future) * observed
+        future, observed = (self._at_hand(x) for x in (past.normaliser.apply(future) * observed, observed))
         frames = torch.cat([past.frames, self._frames(future[:, :-1], observed[:, :-1], None)], 1)
         real = F.pad(past.real, (0, future.shape[1] - 1), value=True)
         mask = None if attention_mask is None else real.long()
         given = {"use_cache": False, "return_dict": True, **kwargs}
-        hidden = self.model(input_features=frames, attention_mask=mask, **given).last_hidden_state
-        T = past.frames.shape[1]
+        outputs = self.model(input_features=frames, attention_mask=mask, **given)
+        hidden, T = outputs.last_hidden_state, past.frames.shape[1]
         first = last_of(hidden[:, :T], past.real)
         raw = self._distribution(torch.cat([first[:, None], hidden[:, T:]], 1))
-        return self._output(raw, past, future, observed)
+        return self._output(raw, outputs.hidden_states, past, self._loss(raw, future, observed))
 
     @torch.no_grad()
     def generate(
@@ -151,7 +159,8 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
 
         Returns:
             output: with `sequences` [B, num_samples, prediction_length, input_size], without the last dim where
-                `past_values` had none. Draws come from torch's global generator.
+                `past_values` had none. Draws come from torch's global generator. No draw lies beyond the outermost
+                quantiles: with levels from 0.1 to 0.9, a fifth of them are one of these.
 
         Raises:
             ValueError: `num_samples` is below 1, or as in `forward`.
@@ -168,8 +177,13 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
 
     def _roll_out(
         self, past: _Past, num_samples: int | None, kwargs: dict[str, Any], drawn: list[Tensor] | None = None
-    ) -> Tensor:
-        """Read the past, then feed back what was predicted, or drawn into `drawn`: raw outputs [B, P, channels, .]."""
+    ) -> tuple[Tensor, Any]:
+        """Read the past, then feed back what was predicted, or drawn into `drawn`.
+
+        Returns:
+            raw: outputs of the head, [B, P, channels, .].
+            hidden_states: of the past, if asked for.
+        """
         mask = None if past.real.all() else past.real.long()
         cache = XLSTMCache(self.config)  # one of the model's own making would be left out under checkpointing
         given = {"past_key_values": cache, "return_dict": True, **kwargs}
@@ -184,7 +198,7 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
             if drawn is not None:
                 drawn.append(value)
             if len(raw) == self.config.prediction_length:
-                return torch.stack(raw, 1)
+                return torch.stack(raw, 1), outputs.hidden_states
             frame = self._frames(value[:, None], torch.ones_like(value[:, None]), None)
             hidden = self.model(input_features=frame, **given).last_hidden_state[:, 0]
             raw.append(self._distribution(hidden))
@@ -212,14 +226,14 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
             wanted = f"[{B}, {T}, {count}] as `config.num_past_covariates` says" if count else "None"
             raise ValueError(f"`past_covariates` must be {wanted}; got {got}.")
         if covariates is not None:
-            covariates = covariates.to(series.dtype).masked_fill(~real[..., None], 0.0)
-            known = real[..., None].to(series.dtype).expand_as(covariates)
+            covariates = self._digits(covariates).masked_fill(~real[..., None], 0.0)
+            known = real[..., None].to(covariates.dtype).expand_as(covariates)
             covariates = Normaliser.of(covariates, known, config.instance_norm).apply(covariates)
         frames = self._frames(normaliser.apply(series) * seen, seen, covariates)
         return _Past(frames, real, normaliser, squeeze=values.dim() == 2)
 
     def _series(self, name: str, values: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Values and whether they were observed, [B, T, channels], in float32 or wider; 0 where not observed."""
+        """Values and whether they were observed, [B, T, channels], as `_digits`; 0 where not observed."""
         channels = self.config.input_size
         if values.dim() == 2 and channels == 1:
             values, observed = values[..., None], None if observed is None else observed[..., None]
@@ -232,10 +246,19 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
             raise ValueError(
                 f"`{name}` and its mask must be [B, T, {channels}], `config.input_size`; got shapes {got}."
             )
-        values = values.to(torch.promote_types(self.dtype, torch.float32))
+        values = self._digits(values)
         if observed is None:
             return values, torch.ones_like(values)
         return values.masked_fill(observed == 0, 0.0), (observed != 0).to(values.dtype)
+
+    def _at_hand(self, x: Tensor) -> Tensor:
+        """In float32, or wider if the model is."""
+        return x.to(torch.promote_types(self.dtype, torch.float32))
+
+    def _digits(self, x: Tensor) -> Tensor:
+        """In float32, or wider if the model or x is: far from zero, a series varies in its last digits."""
+        dtype = x.dtype if x.is_floating_point() else torch.float32 if x.device.type == "mps" else torch.float64
+        return x.to(torch.promote_types(torch.promote_types(self.dtype, torch.float32), dtype))
 
     def _frames(self, values: Tensor, observed: Tensor, covariates: Tensor | None) -> Tensor:
         """Frames of the base model, [B, T, config.frame_size]; covariates are unknown if they are None."""
@@ -244,12 +267,11 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
             shape = (*values.shape[:2], count)
             parts.append(values.new_zeros(shape) if covariates is None else covariates)
             parts.append(values.new_full((*shape[:2], 1), 0.0 if covariates is None else 1.0))
-        return torch.cat(parts, -1).to(self.dtype)
+        return torch.cat([x.to(self.dtype) for x in parts], -1)
 
     def _distribution(self, hidden: Tensor) -> Tensor:
         """Raw outputs of the head in float32 or wider: [..., D] -> [..., channels, quantiles or (mean, scale)]."""
-        raw = self.head(hidden).unflatten(-1, (-1, self.outputs_per_value))
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        raw = self._at_hand(self.head(hidden).unflatten(-1, (-1, self.outputs_per_value)))
         if self.config.forecast_distribution == "quantile":
             return raw
         return torch.stack([raw[..., 0], F.softplus(raw[..., 1]) + 1e-6], -1)
@@ -277,9 +299,8 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
         x_low, x_high = levels[above - 1][..., 0], levels[above][..., 0]
         return torch.lerp(low, high, ((level - x_low) / (x_high - x_low)).clamp(0, 1))
 
-    def _output(self, raw: Tensor, past: _Past, future: Tensor | None, observed: Tensor | None) -> XLSTMForecastOutput:
+    def _output(self, raw: Tensor, hidden_states: Any, past: _Past, loss: Tensor | None = None) -> XLSTMForecastOutput:
         """Loss in normalised units, forecasts in those of the series."""
-        loss = None if future is None or observed is None else self._loss(raw, future, observed)
         predictions = past.normaliser.undo(self._point(raw))
         quantiles = scale = None
         if self.config.forecast_distribution == "gaussian":
@@ -289,7 +310,7 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
         if past.squeeze:
             predictions = predictions[..., 0]
             quantiles, scale = (None if x is None else x[:, :, 0] for x in (quantiles, scale))
-        return XLSTMForecastOutput(loss=loss, predictions=predictions, quantiles=quantiles, scale=scale)
+        return XLSTMForecastOutput(loss, predictions, quantiles, scale, hidden_states)
 
     def _loss(self, raw: Tensor, future: Tensor, observed: Tensor) -> Tensor:
         """Mean over the observed values."""

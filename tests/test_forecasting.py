@@ -77,6 +77,34 @@ def test_gradient_checkpointing_changes_no_rollout() -> None:
     assert model.generate(past, num_samples=3).sequences.shape == (2, 3, 4)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_very_small_and_very_large_series_are_forecast_as_others(scale: float) -> None:
+    model, past = forecaster().float(), series().sub(50).float()
+    assert_same(model(past * scale).predictions / scale, model(past).predictions, FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+def test_series_and_covariates_far_from_zero_keep_their_digits_in_a_model_of_float32(dtype: torch.dtype) -> None:
+    model = forecaster(num_past_covariates=1).float()
+    past, future, covariates = (100 * x for x in (series(), series(2, 4), series(2, 9, 1)))
+    far = [(x.round() + 2**33).to(dtype) for x in (past, future, covariates)]
+    near = [x.round() for x in (past, future, covariates)]
+    got, wanted = (model(x, past_covariates=c, future_values=y) for x, y, c in (far, near))
+    assert_same(got.loss, wanted.loss, FLOAT32)
+    assert got.loss.dtype == torch.float32
+    assert_same(got.predictions - 2**33, wanted.predictions, FLOAT32)
+    drawn = model.generate(far[0], past_covariates=far[2], num_samples=50).sequences
+    assert drawn.std(1).mean() > 1
+
+
+def test_hidden_states_are_those_of_the_past_and_of_a_future_that_is_given() -> None:
+    model, past, future = forecaster(num_hidden_layers=2), series(), series(2, 4)
+    assert model(past).hidden_states is None
+    assert [x.shape[1] for x in model(past, output_hidden_states=True).hidden_states] == [9] * 3
+    states = model(past, future_values=future, output_hidden_states=True).hidden_states
+    assert [x.shape[1] for x in states] == [12] * 3
+
+
 def test_a_constant_series_is_forecast_without_a_scale_of_zero() -> None:
     output = forecaster()(torch.full((1, 6), 3e8, dtype=torch.float64))
     assert output.predictions.isfinite().all()
@@ -169,6 +197,7 @@ def test_samples_follow_the_predicted_distribution_and_go_on_from_their_own_draw
         ({"num_past_covariates": 2}, {}, r"`past_covariates` must be \[2, 9, 2\]"),
         ({}, {"past_observed_mask": torch.ones(2, 8)}, "`past_values` and its mask"),
         ({}, {"attention_mask": torch.ones(2, 8)}, r"`attention_mask` must be \[2, 9\]"),
+        ({}, {"future_observed_mask": torch.ones(2, 4)}, "`future_observed_mask` needs `future_values`"),
     ],
     ids=str,
 )
