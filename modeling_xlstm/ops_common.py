@@ -42,10 +42,12 @@ def bind_shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
         if tensor is None:
             continue
         leader = leader or (name, tensor.device)
-        if tensor.device != leader[1] or not tensor.is_floating_point():
+        if not tensor.is_floating_point():
+            raise ValueError(f"`{name}` must be floating point; got {tensor.dtype}. Use `.to()`.")
+        if tensor.device != leader[1]:
             raise ValueError(
-                f"`{name}` must be floating point on {leader[1]} as `{leader[0]}` is; got {tensor.dtype} on "
-                f"{tensor.device}. Use `.to()`, which an XLSTMCache has too."
+                f"`{name}` must be on {leader[1]} as `{leader[0]}` is; got {tensor.device}. Use `.to()`, which an "
+                "XLSTMCache has too."
             )
         wanted = letters.split()
         if tensor.dim() != len(wanted):
@@ -53,10 +55,8 @@ def bind_shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
         for letter, size in zip(wanted, tensor.shape, strict=True):
             expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
             if size != expected:
-                raise ValueError(
-                    f"`{name}` must be [{', '.join(wanted)}] with {letter} = {expected}"
-                    f"{f' as in `{origin[letter]}`' if letter in origin else ''}; got shape {tuple(tensor.shape)}."
-                )
+                reason = "" if letter.isdigit() else f" with {letter} = {expected} as in `{origin[letter]}`"
+                raise ValueError(f"`{name}` must be [{', '.join(wanted)}]{reason}; got shape {tuple(tensor.shape)}.")
             origin.setdefault(letter, name)
     return sizes
 

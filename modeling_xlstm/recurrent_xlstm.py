@@ -115,7 +115,7 @@ class RecurrentCell(nn.Module):
             raise ValueError(
                 f"`state` must hold {', '.join(fields)}; got {len(state)} tensors. Pass what the last call returned."
             )
-        padded, _ = mark_tokens(inputs.shape[1], len(inputs), lengths, None, inputs.device)
+        padded, _ = mark_tokens(inputs.shape[1], inputs.shape[0], lengths, None, inputs.device)
         inputs = _real(inputs, padded)
         h, state = self._run(inputs, None if state is None else self.state_class(*state), lengths)
         outputs = self._gated(h.flatten(2) if self.norm is None else self.norm(h), inputs)
@@ -133,7 +133,10 @@ class RecurrentCell(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Weights uniform in +-1/sqrt(hidden_size), as in `nn.LSTM`; biases 0, but forget gates nearly open, 3 to 6."""
+        """Weights uniform in +-1/sqrt(hidden_size), as in `nn.LSTM`; biases 0, but forget gates nearly open, 3 to 6.
+
+        Biases of exponential forget gates are 0.
+        """
         bound = 1 / math.sqrt(self.hidden_size)
         for name, parameter in self.named_parameters():
             if not name.startswith("norm."):
@@ -326,7 +329,8 @@ class RecurrentLayers(nn.Module):
                 [num_layers * directions, B, ...], after each row's last real token.
 
         Raises:
-            ValueError: shapes disagree, or `lengths` is given with a `PackedSequence`.
+            ValueError: shapes disagree, the inputs are no floating point, or `lengths` is given with a
+                `PackedSequence`.
         """
         if isinstance(inputs, PackedSequence):
             if lengths is not None:
@@ -334,6 +338,7 @@ class RecurrentLayers(nn.Module):
             x, rows = pad_packed_sequence(inputs, batch_first=True)
             outputs, state = self._run(x, state, rows.to(x.device))
             return _pack_like(inputs, outputs, rows), state
+        bind_shapes(inputs=(inputs, self._layout(inputs.dim())))
         if inputs.dim() == 2:
             state = None if state is None else [x[:, None] for x in state]
             outputs, state = self._run(inputs[None], state, lengths)
@@ -341,9 +346,14 @@ class RecurrentLayers(nn.Module):
         outputs, state = self._run(inputs if self.batch_first else inputs.transpose(0, 1), state, lengths)
         return outputs if self.batch_first else outputs.transpose(0, 1), state
 
+    def _layout(self, dims: int) -> str:
+        """The letters of inputs with so many dimensions."""
+        rows = "T" if dims == 2 else "B T" if self.batch_first else "T B"
+        return f"{rows} {self.input_size}"
+
     def _run(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
         """Every layer over [B, T, input_size]."""
-        x = _real(x, mark_tokens(x.shape[1], len(x), lengths, None, x.device)[0])  # norms and residuals read it too
+        x = _real(x, mark_tokens(x.shape[1], x.shape[0], lengths, None, x.device)[0])  # norms and residuals read it too
         states = self._split(state, x.shape[0])
         after: list[Any] = []
         directions = 2 if self.bidirectional else 1

@@ -54,6 +54,10 @@ class SLSTMState(NamedTuple):
         return cls(*(like.new_zeros(B, H, P) for _ in range(4)))
 
 
+# So that `torch.load` takes states as it takes tensors.
+torch.serialization.add_safe_globals([MLSTMState, SLSTMState])
+
+
 class LayerState(NamedTuple):
     """All that one mixer layer remembers.
 

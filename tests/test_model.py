@@ -210,7 +210,7 @@ def test_a_cache_of_another_batch_size_raises() -> None:
 def test_a_cache_on_another_device_raises(style: str) -> None:
     model = tiny_model(XLSTMModel, style)
     cache = model(tokens(2, 4)).past_key_values.to("meta")
-    with pytest.raises(ValueError, match=r"must be (floating point )?on cpu as"):
+    with pytest.raises(ValueError, match=r"must be on cpu as"):
         model(tokens(2, 4), past_key_values=cache)
 
 

@@ -347,11 +347,11 @@ def test_a_wider_state_keeps_its_dtype() -> None:
         ({"reset": torch.zeros(2, 5, dtype=torch.bool, device="meta")}, "`reset` must be on cpu"),
         (
             {"v": torch.zeros(2, 5, 2, 6, dtype=torch.long)},
-            "`v` must be floating point on cpu as `q`.*torch.int64",
+            "`v` must be floating point; got torch.int64",
         ),
         (
             {"f_tilde": torch.zeros(2, 5, 2, device="meta")},
-            "`f_tilde` must be floating point on cpu as `q`.*meta",
+            "`f_tilde` must be on cpu as `q` is; got meta",
         ),
         ({"chunk_size": 0}, "`chunk_size` must be at least 1"),
         ({"input_gate": "tanh"}, "`input_gate` must be"),

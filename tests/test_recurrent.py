@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,8 +67,7 @@ def paper_mlstm(cell: Any, x: Tensor) -> Tensor:
 def paper_slstm(cell: Any, x: Tensor) -> Tensor:
     """The sLSTM cell as its equations read, without stabiliser: [B, T, input_size] -> [B, T, D]."""
     B, H, P = x.shape[0], cell.num_heads, cell.hidden_size // cell.num_heads
-    c, n, h, outputs = (x.new_zeros(B, H, P) for _ in range(3)), None, None, []
-    c, n, h = c
+    (c, n, h), outputs = (x.new_zeros(B, H, P) for _ in range(3)), []
     for x_t in x.unbind(1):
         gates = cell.gate_proj(x_t).view(B, -1, H, P) + torch.einsum("ghoi,bhi->bgho", cell.recurrent, h)
         i, f = logs_of_gates(cell, gates[:, 0], gates[:, 1])
@@ -240,6 +240,26 @@ def test_states_of_a_bfloat16_module_are_float32_and_start_at_zero(module: Any) 
     assert_identical(outputs, rnn(x)[0])
 
 
+@MODULES
+def test_a_state_saved_by_torch_is_loaded_by_torch(module: Any, tmp_path: Path) -> None:
+    state = make(module, 5, 8)(frames())[1]
+    torch.save(state, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt")
+    assert type(loaded) is type(state)
+    assert_identical(list(loaded), list(state))
+
+
+@CELLS
+def test_an_exported_cell_takes_any_number_of_rows(cell_class: Any) -> None:
+    cell = make(cell_class, 5, 8)
+    with torch.no_grad():
+        rows = ({0: torch.export.Dim("B", min=2, max=50)},)
+        exported = torch.export.export(cell, (frames()[:, 0],), dynamic_shapes=rows).module()
+        x = frames(B=9)[:, 0]
+        (h, state), (h_exported, state_exported) = cell(x), exported(x)
+        assert_same([h_exported, *state_exported], [h, *state])
+
+
 @pytest.mark.parametrize(("hidden_size", "heads"), [(50, 2), (64, 4), (7, 1)])
 def test_every_width_has_a_number_of_heads_by_default(hidden_size: int, heads: int) -> None:
     assert MLSTM(3, hidden_size).cells[0].num_heads == heads
@@ -267,8 +287,16 @@ def test_bad_sizes_and_gates_are_named(module: Any, arguments: dict[str, Any], m
 @MODULES
 def test_bad_inputs_are_named(module: Any) -> None:
     rnn, x = make(module, 5, 8, 2), frames()
-    with pytest.raises(ValueError, match=r"`inputs` must be \[B, T, 5\]"):
+    with pytest.raises(ValueError, match=r"`inputs` must be \[B, T, 5\]; got shape \(3, 7, 4\)"):
         rnn(frames(width=4))
+    with pytest.raises(ValueError, match=r"`inputs` must be \[T, 5\]; got shape \(7, 4\)"):
+        rnn(frames(width=4)[0])
+    with pytest.raises(ValueError, match=r"`inputs` must be \[T, B, 5\]; got shape \(3, 7, 4\)"):
+        make(module, 5, 8, batch_first=False)(frames(width=4))
+    with pytest.raises(ValueError, match=r"`inputs` must be \[B, T, 5\]; got shape \(5,\)"):
+        rnn(x[0, 0])
+    with pytest.raises(ValueError, match=r"`inputs` must be floating point; got torch\.int64"):
+        rnn(x.long())
     with pytest.raises(ValueError, match=r"each \[2, 3, ...\]"):
         rnn(x, rnn.init_hidden(4))
     other = SLSTMState if module is MLSTM else MLSTMState
