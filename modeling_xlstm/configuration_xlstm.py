@@ -54,16 +54,11 @@ STYLE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 # Fields that a style has no use for, and the only value they may have there.
+_NO_BRANCH = {"proj_factor": 1.0, "proj_round_up_to_multiple_of": 1, "conv_kernel_size": 0}
 STYLE_FIXED: Mapping[str, Mapping[str, Any]] = {
-    "large": {"proj_factor": 1.0, "proj_round_up_to_multiple_of": 1, "conv_kernel_size": 0, "head_dim": None},
+    "large": {**_NO_BRANCH, "head_dim": None},
     "neurips": {"qk_dim_factor": 1.0, "v_dim_factor": 1.0, "norm_bias": False, "head_dim": None},
-    "residual": {
-        "qk_dim_factor": 1.0,
-        "v_dim_factor": 1.0,
-        "proj_factor": 1.0,
-        "proj_round_up_to_multiple_of": 1,
-        "conv_kernel_size": 0,
-    },
+    "residual": {**_NO_BRANCH, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
 }
 
 # Keys of the base class, or of older and wider Transformers configurations, that are not fields here and do no harm.
@@ -76,16 +71,6 @@ TRANSFORMERS_KEYS = frozenset(
         "torch_dtype", "torchscript", "transformers_version", "transformers_weights",
     }
 )  # fmt: skip
-
-# `auto_map` of every checkpoint: its code holds all of these, whichever of the models was saved.
-AUTO_MAP = {
-    "AutoConfig": "configuration_xlstm.XLSTMConfig",
-    "AutoModel": "modeling_xlstm.XLSTMModel",
-    "AutoModelForCausalLM": "modeling_xlstm.XLSTMForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_xlstm.XLSTMForSequenceClassification",
-    "AutoModelForTimeSeriesPrediction": "forecasting_xlstm.XLSTMForForecasting",
-    "AutoModelForTokenClassification": "modeling_xlstm.XLSTMForTokenClassification",
-}
 
 
 def _round_width(width: float, multiple: int, rule: str) -> int:
@@ -240,6 +225,12 @@ class XLSTMConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        inherited = cls.__init__
+        if "__init__" not in cls.__dict__:  # that of the dataclass it is made would know neither styles nor rules
+            cls.__init__ = inherited  # type: ignore[method-assign]
+        super().__init_subclass__(**kwargs)
+
     def __init__(
         self,
         *,
@@ -252,13 +243,14 @@ class XLSTMConfig(PreTrainedConfig):
         own = [field for field in dataclasses.fields(type(self)) if field.name not in base]
         self._refuse_unknown(kwargs, known={field.name for field in own} | base)
         style = kwargs.get("block_style", type(self).block_style)
-        values = {**{field.name: field.default for field in own}, **STYLE_DEFAULTS.get(style, {})}
+        values = {field.name: getattr(type(self), field.name, None) for field in own}
+        values.update(STYLE_DEFAULTS.get(style, {}) if isinstance(style, str) else {})
         if kwargs.get("input_size") is not None:
             values["vocab_size"] = 0  # no embedding unless it is asked for
         values.update((name, kwargs.pop(name)) for name in list(kwargs) if name in values)
         for name, value in values.items():
             # JSON has one kind of number, and 15 is a good float.
-            is_float = isinstance(type(self).__dict__.get(name, value), float) or name.endswith("soft_cap")
+            is_float = isinstance(getattr(type(self), name, None), float) or name.endswith("soft_cap")
             setattr(self, name, float(value) if is_float and type(value) is int else value)
         if self.slstm_num_heads is None:
             self.slstm_num_heads = self.num_heads
@@ -269,6 +261,16 @@ class XLSTMConfig(PreTrainedConfig):
             self.quantiles = [level / 10 for level in range(1, 10)]
         self._fill_block_types(slstm_at, variant)
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in Transformers, but fields among the keywords, and their shorthands, are read as by the constructor."""
+        base = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        known = {field.name for field in dataclasses.fields(cls)} - base | {"slstm_at", "variant", *cls.attribute_map}
+        given = cls._with_field_names({name: kwargs.pop(name) for name in known & kwargs.keys()})
+        left_out = {"slstm_at", "variant", "block_types"} if {"slstm_at", "variant"} & given.keys() else set()
+        stored = cls._with_field_names({name: x for name, x in config_dict.items() if name not in left_out})
+        return super().from_dict({**stored, **given}, **kwargs)
 
     @classmethod
     def _with_field_names(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -303,11 +305,11 @@ class XLSTMConfig(PreTrainedConfig):
             raise ValueError(f"Pass one of `block_types`, `slstm_at` and `variant`; got {' and '.join(given)}.")
         if variant is not None:
             kinds = {"mlstm": ["mlstm"], "slstm": ["slstm"], "mixed": ["slstm", "mlstm"]}
-            if variant not in kinds:
+            if variant not in list(kinds):
                 raise ValueError(f"`variant` must be one of {list(kinds)}; got {variant!r}.")
             self.block_types = [kinds[variant][i % len(kinds[variant])] for i in range(N)]
         elif self.block_types is None:
-            indices: Any = range(N) if slstm_at == "all" else slstm_at or ()
+            indices: Any = range(N) if slstm_at == "all" else () if slstm_at is None else slstm_at
             if not isinstance(indices, Sequence) or isinstance(indices, str):
                 raise TypeError(f"`slstm_at` must be a list of block indices or 'all'; got {slstm_at!r}.")
             for index in indices:
@@ -406,20 +408,14 @@ class XLSTMConfig(PreTrainedConfig):
         no_vocabulary = self.vocab_size == 0 and self.input_size is not None
         counts = [
             *["vocab_size"][no_vocabulary:], "hidden_size", "num_hidden_layers", "num_heads", "slstm_num_heads",
-            "chunk_size",
-            "qkv_proj_blocksize", "proj_round_up_to_multiple_of", "ffn_round_up_to_multiple_of",
+            "num_labels", "chunk_size", "qkv_proj_blocksize",
+            "proj_round_up_to_multiple_of", "ffn_round_up_to_multiple_of",
         ]  # fmt: skip
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
-        for name in (
-            "qk_dim_factor",
-            "v_dim_factor",
-            "proj_factor",
-            "norm_eps",
-            "gate_soft_cap",
-            "output_logit_soft_cap",
-        ):
+        factors = ("qk_dim_factor", "v_dim_factor", "proj_factor")
+        for name in (*factors, "norm_eps", "gate_soft_cap", "output_logit_soft_cap"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 way_out = " Use None to leave the cap out." if name.endswith("soft_cap") else ""
@@ -435,6 +431,11 @@ class XLSTMConfig(PreTrainedConfig):
                 f"`ffn_proj_factor` must give a width above 0; got {self.ffn_proj_factor}, rounded down to none. "
                 "Use 0 to leave the feed-forward part out, or ffn_rounding='ceil'."
             )
+
+    def validate_initialisation(self) -> None:
+        """Biases that are drawn are numbers."""
+        if not math.isfinite(self.input_gate_bias_mean):
+            raise ValueError(f"`input_gate_bias_mean` must be finite; got {self.input_gate_bias_mean}.")
 
     def validate_block_types(self) -> None:
         """One known type for each block."""

@@ -277,7 +277,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = soft_cap(multiply(self.lm_head, outputs.last_hidden_state[:, kept]), self.config.output_logit_soft_cap)
         loss = None
-        if labels is not None:
+        if labels is not None or loss_kwargs.get("shift_labels") is not None:
             if loss_kwargs.get("shift_labels") is None:
                 loss_kwargs["shift_labels"] = next_real_tokens(labels, attention_mask, **packing)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
@@ -347,7 +347,7 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
 
     def __init__(self, config: XLSTMConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels or 2
+        self.num_labels = config.num_labels
         self.model = XLSTMModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
@@ -427,7 +427,7 @@ class XLSTMForTokenClassification(XLSTMPreTrainedModel):
 
     def __init__(self, config: XLSTMConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels or 2
+        self.num_labels = config.num_labels
         self.model = XLSTMModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, self.num_labels)
@@ -451,7 +451,7 @@ class XLSTMForTokenClassification(XLSTMPreTrainedModel):
     ) -> TokenClassifierOutput:
         """Logits of each token, and the loss if labels are given.
 
-        Arguments are those of `XLSTMModel.forward`, and: `labels`, class indices, [B, T], -100 left out;
+        Arguments are those of `XLSTMModel.forward`, and: `labels`, class indices, [B, T], -100 and padding left out;
         `num_items_in_batch`, as in `XLSTMForCausalLM.forward`.
 
         Returns:
@@ -472,7 +472,11 @@ class XLSTMForTokenClassification(XLSTMPreTrainedModel):
             **kwargs,
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config, num_items_in_batch=items)
+        loss = None
+        if labels is not None:
+            if attention_mask is not None:
+                labels = labels.masked_fill(attention_mask[:, -labels.shape[1] :] == 0, -100)
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=items)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 

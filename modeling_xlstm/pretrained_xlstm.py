@@ -11,7 +11,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 
-from .configuration_xlstm import AUTO_MAP, XLSTMConfig
+from .configuration_xlstm import XLSTMConfig
 from .layers_xlstm import (
     CausalConv,
     FeedForward,
@@ -24,6 +24,16 @@ from .layers_xlstm import (
     UpMLSTMLayer,
 )
 from .ops_products import LEAST, is_any_packed, pack, unpack
+
+# `auto_map` of every checkpoint: its code holds all of these, whichever of the models was saved.
+AUTO_MAP = {
+    "AutoConfig": "configuration_xlstm.XLSTMConfig",
+    "AutoModel": "modeling_xlstm.XLSTMModel",
+    "AutoModelForCausalLM": "modeling_xlstm.XLSTMForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_xlstm.XLSTMForSequenceClassification",
+    "AutoModelForTimeSeriesPrediction": "forecasting_xlstm.XLSTMForForecasting",
+    "AutoModelForTokenClassification": "modeling_xlstm.XLSTMForTokenClassification",
+}
 
 
 class XLSTMPreTrainedModel(PreTrainedModel):

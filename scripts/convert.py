@@ -40,9 +40,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from write_card import count_parameters, fill_card
 
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
-from modeling_xlstm.configuration_xlstm import AUTO_MAP
 from modeling_xlstm.conversion_xlstm import FAMILIES, plan_from, plan_to
 from modeling_xlstm.links_xlstm import Link
+from modeling_xlstm.pretrained_xlstm import AUTO_MAP
 from modeling_xlstm.statefile_xlstm import fingerprint, state_shapes
 
 OURS, BUILT_IN = "extended_lstm", "xlstm"

@@ -147,6 +147,8 @@ def test_a_count_below_one_raises_before_anything_divides_by_it(style: str, fiel
             {"ffn_proj_factor": 0.5, "ffn_rounding": "floor"},
             r"`ffn_proj_factor` must give a width above 0; got 0.5, .*Use 0 to leave.* or ffn_rounding='ceil'",
         ),
+        ({"num_labels": 0}, r"`num_labels` must be at least 1; got 0"),
+        ({"input_gate_bias_mean": float("nan")}, r"`input_gate_bias_mean` must be finite; got nan"),
         ({"input_gate_bias_std": -0.1}, r"`input_gate_bias_std` must be 0 or above.*; got -0.1"),
         ({"dropout": 1.0}, r"`dropout` is a probability, 0 <= p < 1; got 1.0"),
         ({"ffn_dropout": -0.1}, r"`ffn_dropout` is a probability, 0 <= p < 1; got -0.1"),
@@ -254,8 +256,11 @@ def test_a_mixture_of_odd_depth_begins_and_ends_with_slstm() -> None:
         ({"slstm_at": [1.0]}, ValueError, "`slstm_at` must hold block indices from -4 to 3; got 1.0"),
         ({"slstm_at": [True]}, ValueError, "`slstm_at` must hold block indices from -4 to 3; got True"),
         ({"slstm_at": 1}, TypeError, "`slstm_at` must be a list of block indices or 'all'; got 1"),
+        ({"slstm_at": 0}, TypeError, "`slstm_at` must be a list of block indices or 'all'; got 0"),
+        ({"slstm_at": ""}, TypeError, "`slstm_at` must be a list of block indices or 'all'; got ''"),
         ({"slstm_at": "first"}, TypeError, "`slstm_at` must be a list of block indices or 'all'; got 'first'"),
         ({"variant": "hybrid"}, ValueError, r"`variant` must be one of \['mlstm', 'slstm', 'mixed'\]; got 'hybrid'"),
+        ({"variant": ["mixed"]}, ValueError, r"`variant` must be one of .*; got \['mixed'\]"),
         ({"variant": "slstm", "slstm_at": "all"}, ValueError, "Pass one of .*; got slstm_at and variant"),
         ({"variant": "mlstm", "slstm_at": []}, ValueError, "Pass one of .*; got slstm_at and variant"),
         ({"variant": "mlstm", "block_types": ["mlstm"] * 4}, ValueError, "got block_types and variant"),
@@ -544,6 +549,33 @@ def test_keywords_of_from_pretrained_override_the_file(tmp_path: Path) -> None:
     assert XLSTMModel(config).layers[1].mixer.q_proj.weight.shape == (64, 128)
     with pytest.raises(StrictDataclassError, match="hidden_size"):
         AutoConfig.from_pretrained(tmp_path, hidden_size="128")
+
+
+def test_keywords_of_from_pretrained_are_read_as_by_the_constructor(tmp_path: Path) -> None:
+    two_blocks().save_pretrained(tmp_path)
+    for spelling in ({"slstm_at": [0]}, {"variant": "mixed"}, {"slstm_at": [-3, 2], "num_hidden_layers": 3}):
+        wanted = XLSTMConfig(**{"num_hidden_layers": 2, **spelling}).block_types
+        assert AutoConfig.from_pretrained(tmp_path, **spelling).block_types == wanted
+    config = AutoConfig.from_pretrained(tmp_path, gate_soft_cap=20, expand_factor=3)
+    assert [type(x) for x in (config.gate_soft_cap, config.ffn_proj_factor)] == [float, float]
+    with pytest.raises(ValueError, match="got slstm_at and variant"):
+        XLSTMConfig.from_pretrained(tmp_path, slstm_at=[0], variant="mixed")
+
+
+def test_a_subclass_keeps_styles_rules_and_shorthands() -> None:
+    class Wider(XLSTMConfig):
+        model_type = "wider_lstm"
+        hidden_size = 64
+        window: float = 3.0
+
+    config = Wider(num_hidden_layers=2, slstm_at=[1], block_style="neurips", window=5)
+    assert (config.hidden_size, config.window, type(config.window)) == (64, 5, float)
+    assert (config.block_types, config.proj_factor) == (["mlstm", "slstm"], 2.0)
+    assert all(getattr(Wider.from_dict(config.to_dict()), name) == getattr(config, name) for name in [*OWN, "window"])
+    with pytest.raises(TypeError, match="Did you mean `window`"):
+        Wider(windov=1)
+    with pytest.raises(StrictDataclassError, match="multiple of `num_heads`"):
+        Wider(num_heads=3)
 
 
 @pytest.mark.parametrize("model_class", [XLSTMModel, XLSTMForCausalLM])

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from modeling_xlstm import XLSTMForCausalLM, convert_from, convert_to
-from modeling_xlstm.configuration_xlstm import AUTO_MAP
+from modeling_xlstm.pretrained_xlstm import AUTO_MAP
 
 SHARD = "60KB"
 # What the published configuration has beside the fields of its class.

@@ -491,6 +491,28 @@ def test_token_classification_scores_every_token_and_leaves_ignored_ones_out() -
     assert_same(out.loss, torch.nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten()))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_at_padding_change_neither_loss_nor_gradients_of_a_token_classifier(side: str) -> None:
+    model, ids = tiny_model(XLSTMForTokenClassification, num_labels=5), tokens(1, 6)
+    labels, padding = torch.randint(0, 5, (1, 6)), (3, 0) if side == "left" else (0, 3)
+    mask, padded = (torch.nn.functional.pad(x, padding) for x in (torch.ones_like(ids), ids))
+    weights = list(model.parameters())
+
+    def results(*given: Any, labels: Tensor) -> list[Tensor]:
+        loss = model(*given, labels=labels).loss
+        return [loss, *torch.autograd.grad(loss, weights)]
+
+    wanted = results(ids, labels=labels)
+    for fill in (0, 4):
+        assert_same(results(padded, mask, labels=torch.nn.functional.pad(labels, padding, value=fill)), wanted)
+
+
+def test_shifted_labels_alone_have_a_loss() -> None:
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(2, 6)
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    assert_same(model(ids, shift_labels=shifted).loss, model(ids, labels=ids).loss)
+
+
 def test_tied_embeddings_are_one_tensor_before_and_after_saving(tmp_path: Any) -> None:
     model = tiny_model(XLSTMForCausalLM, tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
