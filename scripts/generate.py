@@ -31,6 +31,7 @@ Compiled, for long texts: faster still where few prompts go together, after half
     python scripts/generate.py xlstm-quickstart --prompt "def" --max_new_tokens 10000 --compile
 
 A saved state holds all that was shown, the completion too. With --prompts_file, every prompt goes on from the state.
+A checkpoint that asks for beams gets them with --prompts_file; what is shown while it is written has none.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from typing import Any, TextIO
 import torch
 import transformers
 from flags import WrongInput, number
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch._dynamo.exc import BackendCompilerFailed
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -57,6 +59,7 @@ from modeling_xlstm import XLSTMCache, XLSTMConfig
 from modeling_xlstm.quantization_xlstm import LIBRARIES, quantization
 
 MAX_NEW_TOKENS = 128
+LEAST_TEMPERATURE = 1e-6  # logits divided by it stay finite in float32
 
 
 class Writer:
@@ -131,12 +134,13 @@ class Writer:
             attention_mask=torch.tensor(mask, device=self.model.device),
             past_key_values=cache,
             streamer=streamer,
+            tokenizer=self.tokenizer if self.model.generation_config.stop_strings else None,
         )
         new = [self._until_end(row) for row in ids[:, T:].tolist()]
         self.seconds += time.perf_counter() - start
         self.tokens_read += sum(map(len, rows))
         self.tokens_written += sum(map(len, new))
-        self.state_bytes = cache.size_in_bytes() // len(rows)
+        self.state_bytes = cache.size_in_bytes() // cache.batch_size  # beams have a row each
         return new
 
     def _until_end(self, ids: list[int]) -> list[int]:
@@ -251,23 +255,13 @@ def load(arguments: argparse.Namespace) -> Writer:
             f"The checkpoint must be a folder with a model and its tokenizer; {folder} has no "
             f"{' and no '.join(missing)}. scripts/quickstart.py makes one."
         )
-    # The package's classes, not code that lies in the folder: a state written by one version is read by this one.
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     options: dict[str, Any] = {} if arguments.dtype is None else {"dtype": getattr(torch, arguments.dtype)}
     if arguments.quantization is not None:
         try:
             options["quantization_config"] = quantization(arguments.quantization, options.get("dtype", torch.float32))
         except ImportError as error:
             raise WrongInput(f"`--quantization` cannot be followed: {error}") from error
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
-    except (OSError, SafetensorError) as error:
-        raise WrongInput(f"{folder} must hold the weights of a model: {error}") from error
-    if model.config.model_type != XLSTMConfig.model_type:
-        raise WrongInput(
-            f"The checkpoint must be of model type {XLSTMConfig.model_type!r}; {folder} is of "
-            f"{model.config.model_type!r}. Convert it with modeling_xlstm.convert_from, if it is an xLSTM."
-        )
+    model, tokenizer = load_checkpoint(folder, options)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if arguments.pack_weights:
         try:
@@ -278,8 +272,36 @@ def load(arguments: argparse.Namespace) -> Writer:
     return Writer(model, tokenizer, load_state(arguments.load_state, model))
 
 
+def load_checkpoint(folder: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A language model, all of its weights from the folder, and its tokenizer."""
+    # The package's classes, not code that lies in the folder: a state written by one version is read by this one.
+    options = {**options, "trust_remote_code": False, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, ValueError, TypeError, SafetensorError, StrictDataclassError) as error:
+        raise WrongInput(f"{folder} must hold a language model and its tokenizer: {error}") from error
+    model, report = loaded
+    if model.config.model_type != XLSTMConfig.model_type:
+        raise WrongInput(
+            f"The checkpoint must be of model type {XLSTMConfig.model_type!r}; {folder} is of "
+            f"{model.config.model_type!r}. Convert it with modeling_xlstm.convert_from, if it is an xLSTM."
+        )
+    if new := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):
+        raise WrongInput(
+            f"{folder} must hold all weights of a language model; missing, or of another shape: {', '.join(new[:3])}"
+            f"{', ...' * (len(new) > 3)}. Give the folder of an XLSTMForCausalLM."
+        )
+    return model, tokenizer
+
+
 def settle(settings: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
-    """Put the flags into the checkpoint's generation config."""
+    """Put the flags into the checkpoint's generation config, and one text per prompt, all of it in a state."""
+    settings.use_cache, settings.cache_implementation, settings.token_healing = True, None, False
+    settings.num_return_sequences, settings.return_dict_in_generate = 1, False
+    if arguments.prompts_file is None:
+        # Beams cannot be shown before the last token is chosen.
+        settings.num_beams = 1
     if arguments.temperature == 0:
         settings.do_sample = False
         # Each would be warned about: greedy search has no use for them.
@@ -356,9 +378,13 @@ def parse() -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse, before anything is loaded, flags that contradict each other and places that are not there."""
+    """Refuse, before anything is loaded, flags that contradict each other."""
     if arguments.temperature == 0 and arguments.top_p is not None:
         raise WrongInput("`--top_p` must not stand beside --temperature 0, which samples nothing. Leave one out.")
+    if 0 < (arguments.temperature or 0) < LEAST_TEMPERATURE:
+        raise WrongInput(
+            f"`--temperature` must be 0, which is greedy, or at least {LEAST_TEMPERATURE}; got {arguments.temperature}."
+        )
     if arguments.max_new_tokens == 0 and arguments.prompt is None:
         raise WrongInput("`--max_new_tokens` must be at least 1 but with --prompt; got 0. Raise it.")
     if arguments.compile and arguments.pack_weights:
@@ -369,14 +395,23 @@ def check(arguments: argparse.Namespace) -> None:
         raise WrongInput(
             "`--save_state` keeps the state of one text; --prompts_file has many. Use --prompt, once per text."
         )
+
+
+def check_files(arguments: argparse.Namespace) -> None:
+    """Refuse files in places that are not there, and those that would replace what is read."""
     for name in ("output", "save_state"):
         path = getattr(arguments, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise WrongInput(f"`--{name}` must name a file in a folder that exists; got {path}. Make the folder.")
+    for name in ("prompts_file", "load_state"):
+        path = getattr(arguments, name)
+        if path and arguments.output and path.resolve() == arguments.output.resolve():
+            raise WrongInput(f"`--output` must not be --{name}, whose file it would replace; got {path} for both.")
 
 
 def run(arguments: argparse.Namespace) -> None:
     check(arguments)
+    check_files(arguments)
     prompts = None if arguments.prompts_file is None else read_prompts(arguments.prompts_file)
     writer = load(arguments)
     set_seed(arguments.seed)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ import torch
 from checkout import ROOT
 from inputs import rows, tiny_model
 from processes import without_torchao
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from tolerances import assert_same
@@ -194,13 +197,19 @@ def test_what_was_ended_by_an_end_token_goes_on_without_it(
     [
         (["--prompt", "a", "--temperature", "0", "--top_p", "0.5"], "`--top_p` must not stand beside --temperature 0"),
         (["--chat", "--max_new_tokens", "0"], "`--max_new_tokens` must be at least 1"),
+        (["--prompt", "a", "--temperature", "1e-40"], "`--temperature` must be 0, which is greedy, or at least 1e-06"),
         (["--prompt", "a", "--compile", "--pack_weights"], "`--compile` must not stand beside --pack_weights"),
         (["--prompt", "a", "--output", "x"], "`--output` belongs to --prompts_file"),
+        (["--prompts_file", "x", "--output", "./x"], "`--output` must not be --prompts_file"),
+        (["--prompts_file", "x", "--load_state", "y", "--output", "y"], "`--output` must not be --load_state"),
         (["--prompts_file", "x", "--save_state", "y"], "`--save_state` keeps the state of one text"),
         (["--prompt", "a", "--save_state", "no/such/file"], "`--save_state` must name a file in a folder that exists"),
         (["--prompt", "a"], "The checkpoint must be a folder with a model and its tokenizer; nowhere has no config"),
     ],
-    ids=["top_p", "max_new_tokens", "compile", "output", "many states", "folder", "checkpoint"],
+    ids=[
+        *("top_p", "max_new_tokens", "temperature", "compile", "output", "prompts replaced", "state replaced"),
+        *("many states", "folder", "checkpoint"),
+    ],
 )
 def test_flags_that_cannot_be_followed_are_refused_by_name(
     options: list[str], message: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -210,6 +219,111 @@ def test_flags_that_cannot_be_followed_are_refused_by_name(
     with pytest.raises(SystemExit) as refusal:
         script.main()
     assert str(refusal.value).startswith(f"generate.py: {message}")
+
+
+@pytest.fixture
+def write(
+    checkpoint: Checkpoint, script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """What is written, greedily, with a checkpoint's folder and flags."""
+
+    def run(folder: Path, *flags: str | Path) -> str:
+        greedy = ["--temperature", "0", "--max_new_tokens", str(NEW)]
+        monkeypatch.setattr(sys, "argv", ["generate.py", str(folder), *greedy, *map(str, flags)])
+        script.main()
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return run
+
+
+def changed(folder: Path, copy: Path, file: str, **fields: Any) -> Path:
+    """A copy of a checkpoint, with other fields in one of its JSON files."""
+    shutil.copytree(folder, copy)
+    before = json.loads((folder / file).read_text("utf-8"))
+    (copy / file).write_text(json.dumps({**before, **fields}), "utf-8")
+    return copy
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_beams": 2},
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"return_dict_in_generate": True},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"token_healing": True},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_prompt_has_one_streamed_completion_and_its_state_whatever_the_generation_config_says(
+    fields: dict[str, Any], checkpoint: Checkpoint, write: Callable[..., str], tmp_path: Path
+) -> None:
+    folder = changed(checkpoint.folder, tmp_path / "changed", "generation_config.json", **fields)
+    start, state = checkpoint.ids(FIRST), tmp_path / "text.state"
+    text = checkpoint.text([*start, *checkpoint.greedy(start)])
+    assert write(folder, "--prompt", FIRST, "--save_state", state) == text + "\n"
+    assert XLSTMCache.load(state, checkpoint.model.config).get_seq_length() == len(start) + NEW
+
+
+def test_each_prompt_of_a_file_has_one_completion_where_the_generation_config_asks_for_several(
+    checkpoint: Checkpoint, write: Callable[..., str], tmp_path: Path
+) -> None:
+    fields = {"num_return_sequences": 2, "num_beams": 2, "return_dict_in_generate": True}
+    folder = changed(checkpoint.folder, tmp_path / "changed", "generation_config.json", **fields)
+    (tmp_path / "prompts.txt").write_text(f"{FIRST}\n{SECOND}\n", "utf-8")
+    out = write(folder, "--prompts_file", tmp_path / "prompts.txt")
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == [FIRST, SECOND]
+
+
+def test_a_completion_ends_with_the_stop_string_of_the_generation_config(
+    checkpoint: Checkpoint, write: Callable[..., str], tmp_path: Path
+) -> None:
+    start = checkpoint.ids(FIRST)
+    completion = checkpoint.greedy(start)
+    # A token that is a character by itself, not a part of one.
+    at = next(i for i, token in enumerate(completion) if checkpoint.text([token]).isalnum())
+    stop = checkpoint.text([completion[at]])
+    folder = changed(checkpoint.folder, tmp_path / "changed", "generation_config.json", stop_strings=[stop])
+    assert at < NEW - 1
+    assert write(folder, "--prompt", FIRST) == checkpoint.text([*start, *completion[: at + 1]]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": 301}, "weights of a language model; missing, or of another shape: lm_head.weight, model.embed"),
+        (
+            {"vocab_size": 0, "input_size": 2},
+            "a language model and its tokenizer: A language model needs a `vocab_size`",
+        ),
+        ({"num_heads": 5}, "a language model and its tokenizer: Class validation error"),
+        ({"hiden_size": 8}, "a language model and its tokenizer: `hiden_size` is not a field of XLSTMConfig"),
+    ],
+    ids=["another vocabulary", "frames", "impossible", "unknown field"],
+)
+def test_a_checkpoint_that_is_no_language_model_is_refused(
+    fields: dict[str, Any], message: str, checkpoint: Checkpoint, write: Callable[..., str], tmp_path: Path
+) -> None:
+    folder = changed(checkpoint.folder, tmp_path / "changed", "config.json", **fields)
+    with pytest.raises(SystemExit) as refusal:
+        write(folder, "--prompt", FIRST)
+    assert message in str(refusal.value)
+
+
+def test_a_checkpoint_without_a_language_models_head_or_configuration_is_refused(
+    checkpoint: Checkpoint, write: Callable[..., str], tmp_path: Path
+) -> None:
+    folder = changed(checkpoint.folder, tmp_path / "changed", "config.json")
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match=r"missing, or of another shape: lm_head\.weight\. Give"):
+        write(folder, "--prompt", FIRST)
+    (folder / "config.json").write_text("{", "utf-8")
+    with pytest.raises(SystemExit, match=r"must hold a language model and its tokenizer: .*JSON"):
+        write(folder, "--prompt", FIRST)
 
 
 @pytest.mark.skipif("onednn" not in ops_products.WAYS, reason="needs oneDNN")
