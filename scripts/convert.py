@@ -28,7 +28,8 @@ from typing import Any
 import torch
 import transformers
 import yaml  # type: ignore[import-untyped]
-from flags import WrongInput
+from flags import WrongInput, new_folder
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.repocard_data import ModelCardData
 from official import official_logits
 from shards import Step, Stored, find_weights, pack, read_tensors, shard_names, write_index, write_shard
@@ -98,11 +99,17 @@ Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    if (path := folder / "config.json").is_file():
-        return dict(json.loads(path.read_text("utf-8")))
-    if (path := folder / "config.yaml").is_file():
-        return dict(yaml.load(path.read_text("utf-8"), Loader=Yaml))
-    raise WrongInput(f"{folder} must hold config.json or config.yaml; it holds neither.")
+    path = next((x for name in ("config.json", "config.yaml") if (x := folder / name).is_file()), None)
+    if path is None:
+        raise WrongInput(f"{folder} must hold config.json or config.yaml; it holds neither.")
+    try:
+        text = path.read_text("utf-8")
+        config = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=Yaml)
+    except (ValueError, yaml.YAMLError) as error:
+        raise WrongInput(f"{path} must hold a configuration; it cannot be read: {error}. Mend it.") from error
+    if not isinstance(config, dict):
+        raise WrongInput(f"{path} must hold a configuration, values by their names; got a {type(config).__name__}.")
+    return config
 
 
 def plan(arguments: argparse.Namespace) -> Conversion:
@@ -259,7 +266,10 @@ def card_facts(work: Conversion, verified: str, needs_bos: bool) -> dict[str, st
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    work = plan(arguments)
+    try:
+        work = plan(arguments)
+    except (StrictDataclassError, TypeError) as error:
+        raise WrongInput(f"The configuration in {arguments.source} must be that of a model: {error}") from error
     open_target(work, arguments.restart)
     shards = write_weights(work)
     needs_bos = write_rest(work, arguments.tokenizer or work.source)
@@ -282,7 +292,7 @@ def size_in_bytes(text: str) -> int:
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("source", type=Path, help="folder with a configuration and weights")
-    parser.add_argument("target", type=Path, help="folder to write; new, empty, or begun by the same command")
+    parser.add_argument("target", type=new_folder, help="folder to write; new, empty, or begun by the same command")
     parser.add_argument("--from", dest="origin", choices=FAMILIES, help="family of SOURCE; known for transformers'")
     parser.add_argument("--to", choices=FAMILIES, help="family of TARGET, for a model of ours")
     parser.add_argument("--weight_mode", default="single", choices=("single", "fused"), help="of TARGET; large only")

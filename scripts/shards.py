@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 PICKLED = (".pt", ".pth", ".bin")
+# What trainings leave beside the weights, in files of the same endings.
+NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "sampler", "rng_state")
 
 
 class Stored(NamedTuple):
@@ -31,33 +35,62 @@ class Stored(NamedTuple):
 
 
 def find_weights(folder: Path) -> dict[str, Stored]:
-    """What a folder holds: its safetensors files, or, without any, its pickled state dicts."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(x for end in PICKLED for x in folder.glob(f"*{end}"))
+    """What a folder holds: its safetensors files, or, without any, its pickled state dicts.
+
+    Raises:
+        ValueError: there are none, two files hold one name, or one is damaged or holds other things than weights.
+    """
+    pickled = (x for end in PICKLED for x in folder.glob(f"*{end}") if not x.name.startswith(NO_WEIGHTS))
+    files = sorted(folder.glob("*.safetensors")) or sorted(pickled)
     found: dict[str, Stored] = {}
     for file in files:
         for name, shape, dtype in _list(file):
             if name in found:
                 raise ValueError(f"`{name}` is in {found[name].file} and in {file}. Keep the files of one checkpoint.")
+            if dtype not in DTYPES.values():
+                raise ValueError(
+                    f"`{name}` in {file} must be of one of {', '.join(DTYPES)}; got {dtype}. Store it in one of these, "
+                    "or leave it out if it is no weight."
+                )
             found[name] = Stored(file, shape, dtype)
     if not found:
         raise ValueError(f"{folder} must hold weights, *.safetensors or one of {', '.join(PICKLED)}; got none.")
     return found
 
 
-def _list(file: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+def _list(file: Path) -> Iterator[tuple[str, tuple[int, ...], Any]]:
     if file.suffix in PICKLED:
         for name, x in _unpickle(file).items():
             yield name, tuple(x.shape), x.dtype
         return
-    with safe_open(file, framework="pt") as stored:
-        for name in stored.keys():  # noqa: SIM118
-            part = stored.get_slice(name)
-            yield name, tuple(part.get_shape()), DTYPES[part.get_dtype()]
+    try:
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118
+                part = stored.get_slice(name)
+                kind = part.get_dtype()
+                yield name, tuple(part.get_shape()), DTYPES.get(kind, kind)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file, or a damaged one: {error}. Get it again.") from error
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:
-    """A state dict that stays in its file until it is read."""
-    return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+    """A state dict that stays in its file until it is read, unless it is in torch's format of before 1.6."""
+    wanted = f"{file} must hold a state dict, tensors by their names"
+    try:
+        stored = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{wanted}; it holds something else, or is damaged. Save the `state_dict()` of the model, or get it again."
+        ) from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{wanted}; got a {type(stored).__name__}. Save the `state_dict()` of the model.")
+    if others := [name for name, x in stored.items() if not isinstance(x, Tensor)]:
+        nested = [name for name in others if isinstance(stored[name], dict)]
+        raise ValueError(
+            f"{wanted}; `{others[0]}` is a {type(stored[others[0]]).__name__}. Save the state dict alone"
+            f"{f', perhaps what is under `{nested[0]}`' if nested else ''}."
+        )
+    return dict(stored)
 
 
 DTYPES = {

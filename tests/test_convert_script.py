@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,11 +22,12 @@ from safetensors.torch import load_file, save_file
 from test_architecture import TRAVELLING
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tolerances import assert_identical
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
+    TrainingArguments,
     xLSTMConfig,
     xLSTMForCausalLM,
 )
@@ -209,3 +212,97 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(publishe
     with pytest.raises(ValueError, match="must hold weights"):
         run(script, "empty", "out")
     assert not Path("out").exists()
+
+
+@pytest.fixture
+def pickled(published: Path, script: ModuleType) -> tuple[Path, dict[str, Tensor]]:
+    """A folder with the published configuration, to put pickled files into, and a state dict that belongs there."""
+    folder = Path("pickled")
+    folder.mkdir()
+    shutil.copyfile(published / "config.json", folder / "config.json")
+    return folder, tensors(published)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickled_state_dict_converts_from_the_folder_and_the_format_that_a_training_left_it_in(
+    name: str, zipped: bool, published: Path, pickled: tuple[Path, dict[str, Tensor]], script: ModuleType
+) -> None:
+    folder, weights = pickled
+    torch.save(weights, folder / name, _use_new_zipfile_serialization=zipped)
+    torch.save(TrainingArguments("out"), folder / "training_args.bin")
+    for other in ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state_0.pth"):
+        torch.save({"step": 3}, folder / other)
+    run(script, "pickled", "ours", "--no_verify")
+    config = json.loads((published / "config.json").read_text("utf-8"))
+    assert_identical(tensors(Path("ours")), convert_from("transformers", config, weights)[1])
+
+
+def in_safetensors(name: str, x: Tensor) -> Callable[[dict[str, Tensor], Path], None]:
+    return lambda weights, folder: save_file({**weights, name: x}, folder / "model.safetensors")
+
+
+def in_pickle(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[dict[str, Tensor], Path], None]:
+    return lambda weights, folder: torch.save(change(weights), folder / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (in_pickle(lambda x: {"step": 3, "model": x}), r"model\.pt .*`step` is a int.*alone, perhaps .* `model`\.$"),
+        (in_pickle(lambda x: list(x.values())), r"model\.pt must hold a state dict, .*; got a list"),
+        (in_pickle(lambda x: nn.Linear(2, 2)), r"model\.pt must hold a state dict, .*; it holds something else"),
+        (in_pickle(lambda x: {**x, "head": torch.ones(2, dtype=torch.int8)}), r"`head` in .*model\.pt .*torch\.int8"),
+        (in_safetensors("head", torch.ones(2).to(torch.float8_e4m3fn)), r"`head` in .*model\.safetensors .*F8_E4M3"),
+        (lambda x, folder: (folder / "model.pt").write_bytes(b""), r"model\.pt must hold .*, or is damaged"),
+        (
+            lambda x, folder: (folder / "a.safetensors").write_bytes(b"{"),
+            r"a\.safetensors is no safetensors file, or a",
+        ),
+    ],
+    ids=["nested", "list", "module", "int8", "fp8", "empty", "damaged"],
+)
+def test_files_that_hold_no_weights_are_named(
+    write: Callable[[dict[str, Tensor], Path], None],
+    message: str,
+    pickled: tuple[Path, dict[str, Tensor]],
+    script: ModuleType,
+) -> None:
+    folder, weights = pickled
+    write(weights, folder)
+    with pytest.raises(ValueError, match=message):
+        run(script, "pickled", "ours")
+    assert not Path("ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"pickled/config\.json must hold a configuration; it cannot be read: Expecting"),
+        ("[]", r"pickled/config\.json must hold a configuration, .*; got a list"),
+        ('{"num_heads": 3}', r"The configuration in pickled must be that of a model: .*validate_heads"),
+        (
+            '{"model_type": "extended_lstm", "hiden_size": 3}',
+            r"in pickled must be that of a model: `hiden_size` is not",
+        ),
+    ],
+    ids=["no JSON", "list", "impossible", "unknown field"],
+)
+def test_configurations_that_describe_no_model_are_refused_by_their_place(
+    text: str, message: str, pickled: tuple[Path, dict[str, Tensor]], script: ModuleType
+) -> None:
+    folder, weights = pickled
+    torch.save(weights, folder / "model.pt")
+    (folder / "config.json").write_text(text, "utf-8")
+    to = ["--to", "large"] if "extended" in text else ["--from", "transformers"]
+    with pytest.raises(script.WrongInput, match=message):
+        run(script, "pickled", "ours", *to)
+
+
+def test_a_target_that_is_a_file_is_refused(
+    published: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine").touch()
+    with pytest.raises(SystemExit):
+        run(script, str(published), "mine")
+    assert "argument target: must name a folder; mine is a file" in capsys.readouterr().err
