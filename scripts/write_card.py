@@ -36,9 +36,16 @@ def write_card(folder: Path, template: Path = TEMPLATE) -> Path:
         path: of the card, README.md in the folder.
 
     Raises:
-        ValueError: a file is missing, or the template asks for a fact that the files do not hold.
+        ValueError: a file is missing or no JSON, or the files do not hold a fact that is asked for.
     """
-    return fill_card(template, card_facts(folder), folder)
+    try:
+        facts = card_facts(folder)
+    except KeyError as error:
+        raise ValueError(
+            f"A card needs `{error.args[0]}`, and no config.json, trainer_state.json or run.json in {folder} holds "
+            'it. Add it to "card" in run.json, or give a folder that scripts/quickstart.py has finished.'
+        ) from error
+    return fill_card(template, facts, folder)
 
 
 def fill_card(template: Path, facts: Mapping[str, str], folder: Path) -> Path:
@@ -122,7 +129,10 @@ def _duration(state: Mapping[str, Any], logs: Mapping[str, Any]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"A card needs {path}, which does not exist. Give the folder of a finished training.")
-    return dict(json.loads(path.read_text("utf-8")))
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except ValueError as error:
+        raise ValueError(f"A card needs {path}, which is no JSON: {error}. Mend it, or train anew.") from error
 
 
 def count_parameters(folder: Path) -> int:

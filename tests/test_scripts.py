@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import torch
 from checkout import ROOT
 from huggingface_hub import ModelCard
 from processes import without_torchao
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tolerances import FLOAT32, assert_identical, assert_same
 from transformers import AutoTokenizer
 
@@ -241,8 +242,6 @@ def test_a_run_is_not_resumed_with_other_options_or_other_text(
 def test_text_that_cannot_be_trained_on_is_refused_by_name(
     content: bytes | None, message: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import re
-
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
@@ -310,6 +309,46 @@ def test_weight_decay_spares_norms_embeddings_and_all_biases(style: str, script:
 def test_a_card_is_not_written_with_a_fact_missing(script: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json, which does not exist"):
         script.write_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "without"),
+    [("run.json", "card"), ("run.json", "prompt"), ("run.json", "state_bytes"), ("trainer_state.json", "log_history")],
+    ids=str,
+)
+def test_a_card_names_the_fact_that_the_files_lack(file: str, without: str, script: ModuleType, tmp_path: Path) -> None:
+    card = {"name": "n", "license": "mit", "prompt": "p", "train_bytes": 1, "eval_bytes": 1, "state_bytes": 1}
+    logs = {"loss": 1.0, "eval_loss": 1.0, "eval_bits_per_byte": 1.0, "train_runtime": 1.0}
+    files: dict[str, Any] = {
+        "config.json": {"block_types": ["mlstm"], "hidden_size": 8, "num_heads": 1, "vocab_size": 8},
+        "trainer_state.json": {"log_history": [logs], "global_step": 1, "num_input_tokens_seen": 1},
+        "run.json": {"card": card},
+    }
+    save_file({"w": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (template := tmp_path / "template.md").write_text("$name: $parameters parameters", "utf-8")
+
+    def write() -> Path:
+        for name, content in files.items():
+            (tmp_path / name).write_text(json.dumps(content), "utf-8")
+        return Path(script.write_card(tmp_path, template))
+
+    assert write().read_text("utf-8") == "n: 3 parameters"
+    (files[file] if without in files[file] else card).pop(without)
+    with pytest.raises(ValueError, match=f"A card needs `{without}`"):
+        write()
+
+
+def test_a_card_names_the_file_that_is_no_json(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{", "utf-8")
+    with pytest.raises(ValueError, match=r"A card needs .*config\.json, which is no JSON"):
+        script.write_card(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["template.md", "converted_template.md"])
+def test_the_example_of_a_card_asks_nobody_whether_to_trust_the_code(name: str) -> None:
+    card = (ROOT / "model_cards" / name).read_text("utf-8")
+    loads = re.findall(r"Auto\w+\.from_pretrained\((.*)\)", card)
+    assert loads == ['"$path", trust_remote_code=True'] * 2
 
 
 @pytest.mark.slow
