@@ -45,7 +45,7 @@ def quantization(kind: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(
             f"{kind!r} needs the package {library}, which is not installed. Install it with `pip install {library}`, "
-            "or all of them with `pip install xlstm-transformers[quant]`."
+            'or all of them, from this repository, with `pip install -e ".[quant]"`.'
         ) from None
     # Imported here: Transformers itself looks for the libraries when asked for these.
     from transformers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkout import ROOT
 from inputs import STYLES, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 from tolerances import BFLOAT16, EIGHT_BITS, FOUR_BITS, assert_identical, assert_same
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from modeling_xlstm import XLSTMForCausalLM
-from modeling_xlstm.quantization_xlstm import ADAPTABLE, LIBRARIES, quantization, weight_bytes
+from modeling_xlstm.quantization_xlstm import ADAPTABLE, KEPT, LIBRARIES, quantization, weight_bytes
 from modeling_xlstm.tuning_xlstm import lora_targets
 
 pytestmark = [
@@ -24,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 FLOAT = torch.float32
+PAGE = ROOT / "docs" / "quantization.md"
 
 
 def load(folder: Path, kind: str, dtype: torch.dtype = FLOAT) -> Any:
@@ -125,5 +128,14 @@ def test_a_library_that_is_missing_is_named_with_the_way_to_install_it(
 
     monkeypatch.setattr(importlib.metadata, "version", nothing)
     library = LIBRARIES[kind]
-    with pytest.raises(ImportError, match=re.escape(f"{kind!r} needs the package {library}, which is not installed")):
+    with pytest.raises(
+        ImportError, match=re.escape(f"{kind!r} needs the package {library}, which is not installed")
+    ) as e:
         quantization(kind)
+    assert 'pip install -e ".[quant]"' in str(e.value)
+    assert 'pip install -e ".[quant]"' in PAGE.read_text("utf-8")
+
+
+def test_the_page_shows_what_is_kept_as_it_is() -> None:
+    shown = re.findall(r"^KEPT = (.*)$", PAGE.read_text("utf-8"), re.MULTILINE)
+    assert [ast.literal_eval(patterns) for patterns in shown] == [KEPT]
