@@ -20,7 +20,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ import transformers
 import yaml  # type: ignore[import-untyped]
 from flags import WrongInput, new_folder
 from huggingface_hub.errors import StrictDataclassError
-from huggingface_hub.repocard_data import ModelCardData
 from official import official_logits
 from shards import Step, Stored, find_weights, pack, read_tensors, shard_names, write_index, write_shard
 from tokenizers.processors import TemplateProcessing
@@ -240,17 +239,23 @@ def compare(work: Conversion) -> str:
     return f"logits of {ids.numel()} random tokens in float32 are the official model's to {apart:.1g} of their scale"
 
 
+def license_of(card: Path) -> str:
+    """What a model card says at its top, if there is one that can be read."""
+    text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
+    try:
+        top = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except yaml.YAMLError:
+        top = None
+    return str((top.get("license") if isinstance(top, dict) else None) or "unknown")
+
+
 def card_facts(work: Conversion, verified: str, needs_bos: bool) -> dict[str, str]:
-    card = work.source / "README.md"
-    known: Mapping[str, Any] = {}
-    if card.is_file() and (text := card.read_text("utf-8")).startswith("---"):
-        known = ModelCardData(**yaml.safe_load(text.split("---")[1]) or {}).to_dict()
     config = work.config
     model = fingerprint(config)
     shapes = [shape for kind in config.block_types or [] for shape in state_shapes(model, kind).values()]
     return {
         "name": work.target.resolve().name,
-        "license": str(known.get("license", "unknown")),
+        "license": license_of(work.source / "README.md"),
         "source": work.source.resolve().name,
         "family": work.family,
         "parameters": f"{count_parameters(work.target):,}",

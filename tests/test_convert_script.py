@@ -306,3 +306,24 @@ def test_a_target_that_is_a_file_is_refused(
     with pytest.raises(SystemExit):
         run(script, str(published), "mine")
     assert "argument target: must name a folder; mine is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("card", "license"),
+    [
+        ("---\nlicense: mit\nmodel-index: 3\n---\n", "mit"),
+        ("---\nlicense: [mit\n---\n", "unknown"),
+        ("---\n- mit\n---\n", "unknown"),
+        ("---\n---\n", "unknown"),
+        ("---\nText.\n", "unknown"),
+        ("Text.", "unknown"),
+        (None, "unknown"),
+    ],
+    ids=["strange", "no YAML", "list", "empty", "rule", "plain", "none"],
+)
+def test_the_license_is_the_sources_whatever_else_its_card_holds(
+    card: str | None, license: str, script: ModuleType
+) -> None:
+    if card is not None:
+        Path("README.md").write_text(card, "utf-8")
+    assert script.license_of(Path("README.md")) == license
