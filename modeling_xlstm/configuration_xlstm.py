@@ -156,7 +156,7 @@ class XLSTMConfig(PreTrainedConfig):
         eos_token_id: id, or ids, of the token that ends a text.
 
     Raises:
-        TypeError: a keyword is not a field.
+        TypeError, ValueError: a keyword is not a field; a shorthand or an alias is wrong, or contradicts another.
         StrictDataclassError: a value has the wrong type or breaks a rule; the message names field, rule and way out.
     """
 

@@ -63,9 +63,9 @@ def mlstm(
         state: state after the last real token, float32 or wider; the one passed in is not modified.
 
     Raises:
-        ValueError: shapes, devices or kinds of numbers disagree, T is 0, `chunk_size` is below 1, `gate_soft_cap` is
-            not above 0, the backend or gate is unknown, a `reset` meets 'exp_both', or the backend asked for cannot run
-            on these tensors.
+        ValueError: shapes, devices or kinds of numbers disagree, T is 0, `lengths` are not from 0 to T,
+            `chunk_size` is below 1, `gate_soft_cap` is not above 0, the backend or gate is unknown, a `reset` meets
+            'exp_both', or the backend asked for cannot run on these tensors.
     """
     size = _bind(q, k, v, i_tilde, f_tilde, state)
     padded, reset = mark_tokens(size["T"], size["B"], lengths, reset, q.device)

@@ -62,8 +62,8 @@ def slstm(
         state: state after the last real token, float32 or wider; the one passed in is not modified.
 
     Raises:
-        ValueError: shapes, devices or kinds of numbers disagree, T is 0, the backend or gate is unknown, or the backend
-            asked for cannot run on these tensors.
+        ValueError: shapes, devices or kinds of numbers disagree, T is 0, `lengths` are not from 0 to T,
+            the backend or gate is unknown, or the backend asked for cannot run on these tensors.
     """
     given = SLSTMState(None, None, None, None) if state is None else state  # type: ignore[arg-type]
     size = bind_shapes(

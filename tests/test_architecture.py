@@ -6,13 +6,14 @@ Every rule is shown to fail on a planted violation at the end of this file. docs
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from checkout import PACKAGE
+from checkout import PACKAGE, ROOT
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 
@@ -57,7 +58,6 @@ TRAVELLING = {
     "blocks_xlstm": Module(5, {CONFIG, STATES, "layers_xlstm"}, {"torch", "transformers"}),
     "statefile_xlstm": Module(1, {CONFIG, STATES}, {"torch", "safetensors"}),
     "cache_xlstm": Module(5, {CONFIG, STATES, "statefile_xlstm"}, {"torch", "transformers"}),
-    "tokens_xlstm": Module(4, set(), {"torch"}),
     "debug_xlstm": Module(5, {STATES}, {"torch"}),
     "step_parts_xlstm": Module(
         6, {STATES, PRODUCTS, "ops_mlstm_weights", "layers_xlstm", "blocks_xlstm"}, {"torch", "numpy"}
@@ -104,7 +104,8 @@ MODULES = {
     "forecasting_cells": Module(HOME + 1, {STATES, COMMON, "recurrent_xlstm"}, {"torch"}),
     "__init__": Module(
         HOME + 1,
-        {*TRAVELLING, "conversion_xlstm", "serving_xlstm", "recurrent_xlstm", "sequence_xlstm"},
+        {CONFIG, STATES, "cache_xlstm", "modeling_xlstm", "forecasting_xlstm", "ops_mlstm", "ops_slstm"}
+        | {"conversion_xlstm", "serving_xlstm", "recurrent_xlstm", "sequence_xlstm"},
         {"torch", "transformers"},
     ),
 }
@@ -274,6 +275,19 @@ def test_the_table_names_exactly_the_modules_that_exist() -> None:
     exist = {path.stem for path in PACKAGE.glob("*.py")}
     assert not exist - set(MODULES), f"add {sorted(exist - set(MODULES))} to {TABLE}"
     assert not set(MODULES) - exist, f"take {sorted(set(MODULES) - exist)} out of {TABLE}"
+
+
+def test_the_page_holds_the_same_table() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \((\w+)\) \|.*\| ([^|]*) \|$", page, re.MULTILINE)
+    told = {name: (layer, set(re.findall(r"`(\w+)`", arrows))) for name, layer, arrows in rows}
+    assert told == {name: ("home" if row.layer >= HOME else str(row.layer), row.ours) for name, row in MODULES.items()}
+
+
+def test_every_arrow_of_the_table_is_taken() -> None:
+    for path in PACKAGE.glob("*.py"):
+        taken = {node.module for node in Source(path).walk(ast.ImportFrom) if node.level == 1}
+        assert MODULES[path.stem].ours <= taken, path.stem
 
 
 def test_every_allowed_arrow_points_down() -> None:
