@@ -151,7 +151,28 @@ def decayed_parameters(model: nn.Module) -> list[str]:
     return [name for name in names if "weight" in name and "norm" not in name and "embed_tokens" not in name]
 
 
-class XLSTMTrainer(Trainer):
+class ResumableTrainer(Trainer):
+    """Transformers' Trainer, which would train one step more if it is resumed at the last step of a run."""
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """As in Trainer: how many epochs, and batches of the next one, are behind; at the last step, all of them."""
+        trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None or self.state.global_step < max_steps:
+            return trained
+        self._load_rng_state(resume_from_checkpoint)  # which else the first epoch does
+        return num_train_epochs, 0
+
+
+class XLSTMTrainer(ResumableTrainer):
     """Transformers' Trainer with the published recipe: its weight-decay groups, and a z-loss on request.
 
     Columns of a dataset that describe packing reach the model, and a language model's loss, smoothed or not, is divided

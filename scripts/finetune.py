@@ -40,10 +40,14 @@ from trl import SFTConfig, SFTTrainer
 
 from modeling_xlstm import XLSTMCache
 from modeling_xlstm.quantization_xlstm import ADAPTABLE, quantization
-from modeling_xlstm.training_xlstm import XLSTMTrainer
+from modeling_xlstm.training_xlstm import ResumableTrainer, XLSTMTrainer
 from modeling_xlstm.tuning_xlstm import StateTuner, lora_targets
 
 METHODS = ("full", "lora", "prompt", "state")
+
+
+class Tuning(ResumableTrainer, SFTTrainer):
+    """TRL's trainer, which trains no further a run that has ended."""
 
 
 @dataclass
@@ -171,7 +175,7 @@ def adapters(model: Any, settings: SFTConfig, tune: TuneArguments) -> PeftConfig
 def tune_weights(model: Any, tokenizer: Any, rows: Dataset, settings: SFTConfig, tune: TuneArguments) -> None:
     """Train all weights, adapters or a prompt with TRL, and write a checkpoint or what was added."""
     added = adapters(model, settings, tune)
-    trainer = SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer, peft_config=added)
+    trainer = Tuning(model, settings, train_dataset=rows, processing_class=tokenizer, peft_config=added)
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
     trainer.save_model(str(settings.output_dir))
     if tune.method == "prompt":

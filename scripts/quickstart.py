@@ -102,12 +102,10 @@ class Blocks(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
 
 
-class QuickstartTrainer(Trainer):
+def decayed_matrices(model: torch.nn.Module) -> list[str]:
     """Weight decay on matrices only: not on norms, embeddings or biases; those of sLSTM gates have several dims too."""
-
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        named = model.named_parameters()
-        return [name for name, x in named if x.dim() > 1 and "bias" not in name and "embed" not in name]
+    named = model.named_parameters()
+    return [name for name, x in named if x.dim() > 1 and "bias" not in name and "embed" not in name]
 
 
 def make_blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Blocks:
@@ -213,7 +211,7 @@ def card_words(arguments: argparse.Namespace, text: Text) -> dict[str, Any]:
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace) -> XLSTMForCausalLM:
-    # Imported here and nowhere else: the process that shows the completion must do without the package.
+    # Imported in functions only: the process that shows the completion must do without the package.
     from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
 
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -246,6 +244,19 @@ def training_arguments(arguments: argparse.Namespace) -> TrainingArguments:
     )
 
 
+def make_trainer(model: XLSTMForCausalLM, settings: TrainingArguments, **kwargs: Any) -> Trainer:
+    from modeling_xlstm.training_xlstm import ResumableTrainer
+
+    class QuickstartTrainer(ResumableTrainer):
+        def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+            return decayed_matrices(model)
+
+    trainer = QuickstartTrainer(model, settings, **kwargs)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LossBar())
+    return trainer
+
+
 def train(arguments: argparse.Namespace, text: Text, settings: TrainingArguments) -> None:
     """Train, judge and save: model, tokenizer and card in the folder of the run."""
     say = print if settings.process_index == 0 else silent
@@ -258,12 +269,7 @@ def train(arguments: argparse.Namespace, text: Text, settings: TrainingArguments
     say(f"Tokenizer  {len(tokenizer):,} tokens; {len(blocks):,} blocks of {BLOCK_TOKENS}, {len(held_out):,} held out")
     model = make_model(tokenizer, arguments)
     say(f"Model      {model.num_parameters():,} parameters; blocks: {', '.join(model.config.block_types or [])}")
-    trainer = QuickstartTrainer(
-        model, settings, train_dataset=blocks, eval_dataset=held_out, processing_class=tokenizer
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(LossBar())
-
+    trainer = make_trainer(model, settings, train_dataset=blocks, eval_dataset=held_out, processing_class=tokenizer)
     if checkpoint is not None:
         say(f"Resuming   at step {step_of(checkpoint):,} of {arguments.steps:,}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

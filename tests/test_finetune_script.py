@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -221,13 +222,18 @@ def test_a_chat_has_one_end_token_whether_its_template_writes_it_or_not(script: 
     assert encoded[0].count(tokenizer.eos_token_id) == 1
 
 
-def test_a_fine_tuning_goes_on_from_a_checkpoint(script: ModuleType) -> None:
-    words = ["--data", "text.jsonl", "--method", "full", "--save_strategy", "steps", "--save_steps", "5"]
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_fine_tuning_goes_on_from_a_checkpoint_to_its_last_step(method: str, script: ModuleType) -> None:
+    words = ["--data", "text.jsonl", "--method", method, "--save_strategy", "steps", "--save_steps", "5"]
+    words += ["--lr_scheduler_type", "constant", "--per_device_train_batch_size", "3"]
+    weights = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     tune(script, *words)
     Path("out").rename("whole")
-    tune(script, *words, "--resume_from_checkpoint", "whole/checkpoint-5")
-    assert not Path("out/checkpoint-5").exists()
-    assert_identical(load_file("out/model.safetensors"), load_file("whole/model.safetensors"))
+    for stop, written in (("5", ["checkpoint-10"]), ("10", [])):
+        tune(script, *words, "--resume_from_checkpoint", f"whole/checkpoint-{stop}")
+        assert [path.name for path in Path("out").glob("checkpoint-*")] == written
+        assert_identical(load_file(f"out/{weights}"), load_file(f"whole/{weights}"))
+        shutil.rmtree("out")
 
 
 def test_chats_without_a_template_are_refused(script: ModuleType) -> None:

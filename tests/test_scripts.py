@@ -23,7 +23,7 @@ from huggingface_hub import ModelCard
 from processes import without_torchao
 from safetensors.torch import load_file, save_file
 from tolerances import FLOAT32, assert_identical, assert_same
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer
 
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
 
@@ -203,6 +203,32 @@ def test_a_killed_and_an_interrupted_run_end_with_the_weights_of_an_undisturbed_
         assert logged(run, name) == logged(undisturbed, name)
 
 
+def test_a_run_stopped_while_it_is_judged_is_trained_no_further(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_text(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "complete_in_fresh_process", lambda arguments: None)
+    words = ["quickstart.py", "--text", "text.txt", *OPTIONS, "--out"]
+    monkeypatch.setattr(sys, "argv", [*words, "run"])
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Trainer, "evaluate", interrupted)
+        with pytest.raises(SystemExit, match="130"):
+            script.main()
+    script.main()
+    monkeypatch.setattr(sys, "argv", [*words, "whole"])
+    script.main()
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert "20 steps" in (run / "README.md").read_text("utf-8")
+    assert_identical(load_file(run / "model.safetensors"), load_file(whole / "model.safetensors"))
+    for name in ("eval_loss", "eval_bits_per_byte", "loss", "num_input_tokens_seen"):
+        assert logged(run, name) == logged(whole, name)
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def run_main(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: str) -> str:
     """The message with which the script refuses these options."""
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *options])
@@ -299,7 +325,7 @@ def test_weight_decay_spares_norms_embeddings_and_all_biases(style: str, script:
         vocab_size=8, hidden_size=16, num_hidden_layers=2, num_heads=2, block_style=style, slstm_at=[1]
     )
     model = XLSTMForCausalLM(config)
-    decayed = set(script.QuickstartTrainer.get_decay_parameter_names(None, model))
+    decayed = set(script.decayed_matrices(model))
     spared = {name for name, _ in model.named_parameters()} - decayed
     assert not [name for name in decayed if "norm" in name or "bias" in name or "embed" in name or "skip" in name]
     assert "model.layers.1.mixer.bias" in spared

@@ -25,7 +25,7 @@ from checkout import ROOT
 from inputs import tiny_model
 from safetensors.torch import load_file
 from tolerances import BFLOAT16, FLOAT32, assert_identical, assert_same
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from modeling_xlstm import XLSTMForCausalLM
 
@@ -136,6 +136,36 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(script: Module
     assert_identical(load_file("run/model.safetensors"), load_file(whole / "model.safetensors"))
     for name in ("loss", "eval_nats", "num_input_tokens_seen"):
         assert logged(tmp_path / "run", name) == logged(whole, name)
+
+
+@pytest.mark.parametrize("words", [[], ["--carry_state"], ["--max_steps", "-1", "--num_train_epochs", "0.3"]], ids=str)
+def test_a_run_stopped_while_it_is_judged_and_one_that_has_ended_are_trained_no_further(
+    words: list[str], script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--lr_scheduler_type", "constant", "--max_steps", "4", *words]
+    run(script, *words)
+    Path("run").rename("whole")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Trainer, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(script, *words)
+    for _ in range(2):
+        run(script, *words)
+        assert_identical(load_file("run/model.safetensors"), load_file("whole/model.safetensors"))
+        assert last_step(Path("run")) == last_step(Path("whole"))
+        for name in ("step", "loss", "eval_nats", "num_input_tokens_seen"):
+            assert logged(Path("run"), name) == logged(Path("whole"), name)
+
+
+def last_step(run: Path) -> int:
+    """Of the checkpoints that a run left."""
+    checkpoint = runs.last_checkpoint(run)
+    assert checkpoint is not None
+    return runs.step_of(checkpoint)
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_accumulation_and_checkpointing_change_no_weight_and_bfloat16_trains(

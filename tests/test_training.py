@@ -196,10 +196,17 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert_same({**first, "losses": losses, "states": states}, result(alone), TRAINED)
 
 
-@pytest.mark.parametrize("stop", [4, 8, 16])
-def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path, stop: int) -> None:
-    """In the middle of an epoch, where one ends after eight steps, and two epochs later."""
-    options = {"gradient_accumulation_steps": 2, "max_steps": 19, "save_strategy": "steps", "save_steps": stop}
+@pytest.mark.parametrize(
+    ("length", "stop"),
+    [
+        *(({"max_steps": 19}, stop) for stop in (4, 8, 16, 19)),
+        *(({"max_steps": -1, "num_train_epochs": epochs}, stop) for epochs, stop in ((1.5, 12), (2, 16))),
+    ],
+    ids=str,
+)
+def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path, length: dict[str, Any], stop: int) -> None:
+    """In the middle of an epoch, where one ends after eight steps, two epochs later, and at the end of a run."""
+    options = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": stop, **length}
     data = (documents(LENGTHS), 4, 9, 3)
     whole = trainer(tmp_path, Segments(*data), **options)
     assert len(whole.train_dataset) == 8 * 4
