@@ -283,8 +283,7 @@ class CarriedStateTrainer(XLSTMTrainer):
             ValueError: an argument would take a segment to another lane, or the number of lanes is not that of a step.
         """
         check_arguments(self.args)
-        per_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return self._in_order(self.train_dataset, self._train_batch_size, per_step)
+        return self._in_order(self.train_dataset, self._train_batch_size, self._lanes)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As in Trainer; segments are read in order, and every evaluation starts from empty states."""
@@ -336,6 +335,11 @@ class CarriedStateTrainer(XLSTMTrainer):
         return {**inputs, "past_key_values": cache}, cache
 
     @property
+    def _lanes(self) -> int:
+        """Rows of one step over all processes."""
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    @property
     def _config(self) -> XLSTMConfig:
         model: Any = self.model
         return model.config
@@ -345,8 +349,15 @@ class CarriedStateTrainer(XLSTMTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        for path in self._states_of_others(output_dir):
+            path.unlink(missing_ok=True)  # left by another run, which wrote a checkpoint of this name
         for lane, cache in self._carried.items():
             cache.save(states_file(output_dir, lane))
+
+    def _states_of_others(self, checkpoint: str) -> set[Path]:
+        """What a checkpoint holds beside the states of this training's micro-batches, of all processes."""
+        own = {states_file(checkpoint, lane) for lane in range(0, self._lanes, self._train_batch_size)}
+        return set(Path(checkpoint).glob("states_*.safetensors")) - own
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -368,6 +379,11 @@ class CarriedStateTrainer(XLSTMTrainer):
                     "with."
                 )
             self._carried[lane] = cache
+        if others := self._states_of_others(checkpoint):
+            raise ValueError(
+                f"To resume, {checkpoint} must hold the states of {self._lanes} lanes; there is {min(others).name} "
+                "too. Resume with the processes, batch size and accumulation steps it was trained with."
+            )
 
 
 def states_file(checkpoint: str, lane: int) -> Path:

@@ -272,10 +272,24 @@ def test_a_checkpoint_without_the_states_of_these_lanes_is_not_resumed(tmp_path:
     other = trainer(tmp_path, segments, per_device_train_batch_size=4, **options)
     with pytest.raises(ValueError, match=r"states_00000\.safetensors must hold 4 lanes, the batch size; got 2"):
         other.train(resume_from_checkpoint=str(checkpoint))
+    less = trainer(tmp_path, Segments(documents(LENGTHS), 2, 9, None), **options)
+    with pytest.raises(ValueError, match=r"must hold the states of 2 lanes; there is states_00002\.safetensors too"):
+        less.train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / "states_00002.safetensors").unlink()
     same = trainer(tmp_path, segments, gradient_accumulation_steps=2, **options)
     with pytest.raises(ValueError, match="must hold the states of lane 2 and those after it"):
         same.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_takes_the_place_of_one_with_more_lanes(tmp_path: Path) -> None:
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    for lanes in (4, 2):
+        run = trainer(
+            tmp_path, Segments(documents(LENGTHS), lanes, 9, 0), gradient_accumulation_steps=lanes // 2, **options
+        )
+        run.train()
+    again = trainer(tmp_path, Segments(documents(LENGTHS), 2, 9, 0), **{**options, "max_steps": 3})
+    assert again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).global_step == 3
 
 
 @pytest.mark.parametrize(
