@@ -1,4 +1,4 @@
-"""Fine-tune a checkpoint on examples: all weights, LoRA adapters, a prompt, or nothing but the states it starts from.
+r"""Fine-tune a checkpoint on examples: all weights, LoRA adapters, a prompt, or nothing but the states it starts from.
 
 Laptop:
 
@@ -14,9 +14,10 @@ Many GPUs:
     accelerate launch --config_file configuration/launch/ddp.yaml scripts/finetune.py out/125m --data chats.jsonl \
         --method full --output_dir out/chat
 
-Rows of a .jsonl file hold `text`, or `prompt` and `completion`, of which the completion is learnt, or `messages` for
-the tokenizer's chat template, or that of --chat_template_path. All flags of TRL's SFTConfig apply. --method state and
---method prompt write state.safetensors, which scripts/generate.py takes with --load_state.
+The first word names the checkpoint. Rows of a .jsonl file hold `text`, or `prompt` and `completion`, of which the
+completion is learnt, or `messages` for the tokenizer's chat template, or that of --chat_template_path. All flags of
+TRL's SFTConfig apply. --method state and --method prompt write state.safetensors, which scripts/generate.py takes with
+--load_state.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ import transformers
 from datasets import Dataset
 from flags import WrongInput
 from peft import LoraConfig, PeftConfig, PromptTuningConfig
-from runs import check_resumed, end_group, load, parse_flags
+from runs import check_resumed, end_group, flag_parser, load, parse_flags
 from train_data import load_files
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 from transformers.hf_argparser import string_to_bool
 from trl import SFTConfig, SFTTrainer
 
@@ -65,10 +66,12 @@ class TuneArguments:
 
 def parse(words: Sequence[str]) -> tuple[str, SFTConfig, TuneArguments]:
     """The checkpoint, and flags."""
+    parser = flag_parser("CHECKPOINT", __doc__, [SFTConfig, TuneArguments])
+    if words and words[0] in ("-h", "--help"):
+        parser.print_help()
+        raise SystemExit(0)
     if not words or words[0].startswith("-"):
         raise WrongInput(f"The first word must name a checkpoint; got {' '.join(words[:1]) or 'nothing'}.")
-    kinds: Any = [SFTConfig, TuneArguments]
-    parser = HfArgumentParser(kinds, allow_abbrev=False)
     parser.set_defaults(use_cache=True, logging_steps=10)
     if not torch.accelerator.is_available():
         # TRL computes in bfloat16 unless told otherwise, which Trainer refuses on a CPU that it was not told of.

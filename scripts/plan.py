@@ -1,4 +1,4 @@
-"""What training a model takes before it is tried: parameters, memory of a device, operations of a token, time.
+r"""What training a model takes before it is tried: parameters, memory of a device, operations of a token, time.
 
     python scripts/plan.py configuration/model/xlstm_neurips_1_3b.json --batch 8 --block_size 2048 --precision mixed \
         --gradient_checkpointing --device "H100 80GB HBM3" --devices 8 --sharding zero3 --total_tokens 30e9
@@ -43,7 +43,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--mfu",
         type=number(float, 1e-6, 1),
         default=0.4,
-        help="share of them that training reaches (default: %(default)s)",
+        help="share of --flops, or of the --device's, that training reaches (default: %(default)s)",
     )
     add("--total_tokens", type=number(float, 1), default=1e9, help="to train on (default: %(default)g)")
     add("--json", action="store_true", help="print JSON")

@@ -1,7 +1,8 @@
-"""What the scripts that train share: the progress bar, the last checkpoint, the loss curve, the end of a process."""
+"""What the scripts that train share: flags, progress bar, last checkpoint, loss curve, the end of a process."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import time
@@ -39,6 +40,16 @@ class LossBar(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and "loss" in logs:
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """A docstring as it stands, and the default of every flag."""
+
+
+def flag_parser(first: str, about: str | None, kinds: Sequence[Any]) -> HfArgumentParser:
+    """Flags of dataclasses; `first` is how usage names the word before them."""
+    usage = f"%(prog)s {first} [--flag value ...]"
+    return HfArgumentParser(kinds, usage=usage, description=about, formatter_class=Help, allow_abbrev=False)
 
 
 def parse_flags(parser: HfArgumentParser, words: Sequence[str]) -> tuple[Any, ...]:

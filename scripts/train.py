@@ -1,4 +1,4 @@
-"""Train an xLSTM, or go on training one, on any text: packed documents, or long ones with carried states.
+r"""Train an xLSTM, or go on training one, on any text: packed documents, or long ones with carried states.
 
 Laptop, no network, a small model of the sources of Python's standard library:
 
@@ -13,8 +13,8 @@ Many GPUs:
 
     accelerate launch --config_file configuration/launch/fsdp2.yaml scripts/train.py recipe.yaml --output_dir out/125m
 
-A recipe is a YAML file of these same flags; flags after it win. All flags of Transformers' TrainingArguments apply. The
-same command goes on from the last checkpoint, exactly as if it had not been interrupted.
+The first word may be a recipe, a YAML file of these same flags; flags after it win. All flags of Transformers'
+TrainingArguments apply. The same command goes on from the last checkpoint, exactly as if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 import yaml  # type: ignore[import-untyped]
 from corpus import load_or_train_tokenizer
@@ -38,6 +39,7 @@ from runs import (
     differences,
     draw_losses,
     end_group,
+    flag_parser,
     last_checkpoint,
     load,
     parse_flags,
@@ -51,7 +53,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
@@ -87,10 +88,13 @@ class RunArguments(DataArguments):
 
 def parse(words: Sequence[str]) -> tuple[TrainingArguments, RunArguments]:
     """Flags, after those of a recipe if the first word names one."""
-    kinds: Any = [TrainingArguments, RunArguments]
-    parser = HfArgumentParser(kinds, allow_abbrev=False)
+    parser = flag_parser("[RECIPE.yaml]", __doc__, [TrainingArguments, RunArguments])
     # What a run of ours differs in from Trainer's defaults.
     parser.set_defaults(use_cache=True, include_num_input_tokens_seen=True, logging_steps=20, save_total_limit=2)
+    # Where memory cannot be pinned, torch warns of it.
+    parser.set_defaults(
+        dataloader_pin_memory=torch.accelerator.is_available() and not torch.backends.mps.is_available()
+    )
     if importlib.util.find_spec("tensorboard") is not None:
         parser.set_defaults(report_to=["tensorboard"])
     if words and words[0].endswith((".yaml", ".yml")):

@@ -42,7 +42,8 @@ class DataArguments:
         default=False, metadata={"help": "read and tokenise as training goes on; needs --max_steps and --tokenizer"}
     )
     held_out_documents: int | None = field(
-        default=None, metadata={"help": "hold out the first so many documents; else a split, or every 32nd"}
+        default=None,
+        metadata={"help": "hold out the first so many documents; else a split, or every 32nd; 100 of a stream"},
     )
     token_cache: str | None = field(
         default=None, metadata={"help": "folder of tokenised text; else one in the datasets library's cache"}

@@ -71,6 +71,18 @@ def test_without_a_gpu_the_documented_commands_are_understood(script: ModuleType
     assert script.parse([*words, "--bf16"])[1].bf16
 
 
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["base", "--help"]], ids=str)
+def test_the_help_names_the_checkpoint(
+    words: list[str], script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        script.parse(words)
+    text = capsys.readouterr().out
+    assert "CHECKPOINT [--flag value ...]" in text
+    assert "--data chats.jsonl \\\n        --method full" in text
+    assert "--lora_r" in text
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "prompt", "state"])
 def test_every_method_learns_the_examples_and_leaves_what_loads(method: str, script: ModuleType) -> None:
     tune(script, "--data", "text.jsonl", "--method", method)

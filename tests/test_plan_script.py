@@ -55,6 +55,12 @@ def test_a_model_of_another_type_is_not_planned_as_an_xlstm(name: str, tmp_path:
         plan.open_config(tmp_path / name if name == "model.json" else tmp_path)
 
 
+def test_the_help_shows_the_command_as_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        plan.parse(["--help"])
+    assert "--precision mixed \\\n        --gradient_checkpointing" in capsys.readouterr().out
+
+
 def test_a_checkpoint_is_planned_like_its_configuration(tmp_path: Path) -> None:
     plan.open_config(Path(MODEL)).save_pretrained(tmp_path)
     numbers = [plan.estimate(plan.parse([str(path), "--block_size", "32"])) for path in (MODEL, tmp_path)]

@@ -288,6 +288,24 @@ def test_a_recipe_that_is_missing_or_none_is_refused(script: ModuleType) -> None
         script.parse(["list.yaml"])
 
 
+def test_the_help_names_the_recipe_and_shows_commands_as_they_are_typed(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        script.parse(["--help"])
+    text = capsys.readouterr().out
+    assert "[RECIPE.yaml] [--flag value ...]" in text
+    assert "--tokenizer gpt2 \\\n        --dataset" in text
+    assert "tokens of a row (default: 512)" in text
+
+
+def test_memory_is_pinned_where_there_is_a_gpu_or_it_is_asked_for(script: ModuleType) -> None:
+    """Torch warns where there is none."""
+    words = ["recipe.yaml", "--output_dir", "x", "--use_cpu", "false"]
+    assert script.parse(words)[0].dataloader_pin_memory is torch.cuda.is_available()
+    assert script.parse([*words, "--dataloader_pin_memory", "true"])[0].dataloader_pin_memory
+
+
 def test_flags_win_over_the_recipe(script: ModuleType) -> None:
     settings, arguments = script.parse(
         ["recipe.yaml", "--output_dir", "x", "--block_size", "7", "--learning_rate", "1"]
