@@ -106,8 +106,7 @@ def test_prompts_with_completions_and_chats_are_learnt_from(kind: str, method: s
 @pytest.mark.parametrize("method", ["lora", "prompt", "state"])
 def test_what_is_added_is_learnt_while_the_weights_stay_in_four_bits(method: str, script: ModuleType) -> None:
     trained: list[Any] = []
-    trainers = {"state": "XLSTMTrainer"}
-    kind = getattr(script, trainers.get(method, "SFTTrainer"))
+    kind = script.XLSTMTrainer if method == "state" else script.Tuning
 
     class Kept(kind):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any):
