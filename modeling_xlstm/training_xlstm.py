@@ -184,13 +184,23 @@ class XLSTMTrainer(ResumableTrainer):
         z_loss: weight of the mean squared log of the softmax's normaliser, which keeps logits from drifting; 1e-4 is
             usual, 0 leaves it out. What is logged as the loss of the training includes it.
         args, kwargs: those of Trainer.
+
+    Raises:
+        ValueError: `z_loss` is negative or not finite, or the model is no language model and it is not 0.
     """
 
     def __init__(self, *args: Any, z_loss: float = 0.0, **kwargs: Any):
+        if not 0 <= z_loss < float("inf"):
+            raise ValueError(f"`z_loss` must be a finite number of at least 0; got {z_loss}. 1e-4 is usual.")
         super().__init__(*args, **kwargs)
         self.z_loss = z_loss
         head = getattr(self.model, "get_output_embeddings", None)
         self._is_language_model = head is None or head() is not None  # a wrapper without one is a `StateTuner`
+        if z_loss and not self._is_language_model:
+            raise ValueError(
+                f"`z_loss` needs a language model, whose logits it keeps from drifting; got {z_loss} for "
+                f"{type(self.model).__name__}. Leave it out."
+            )
         if self._is_language_model and self.label_smoother is not None and self.compute_loss_func is None:
             self.compute_loss_func = self._smoothed
 
@@ -232,8 +242,8 @@ class XLSTMTrainer(ResumableTrainer):
             inputs = {**inputs, "labels": shifted, "shift_labels": shifted}
         if not self.z_loss or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        predicted = next_labels(inputs) != IGNORED  # first, for Trainer takes the labels out for a function of its own
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        predicted = next_labels(inputs) != IGNORED
         squares = outputs.logits.float().logsumexp(-1).square()[predicted].sum()
         items = predicted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -287,11 +297,20 @@ class CarriedStateTrainer(XLSTMTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As in Trainer; segments are read in order, and every evaluation starts from empty states."""
+        chosen: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(chosen, str):
+            chosen = self.eval_dataset[chosen]  # type: ignore[index]
+        return self._judging(chosen) if isinstance(chosen, Segments) else super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """The same, for `predict`."""
+        is_carried = isinstance(test_dataset, Segments)
+        return self._judging(test_dataset) if is_carried else super().get_test_dataloader(test_dataset)
+
+    def _judging(self, segments: Segments) -> DataLoader[Any]:
         self._carried_in_evaluation = {}
-        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(chosen, Segments):
-            return super().get_eval_dataloader(eval_dataset)
-        return self._in_order(chosen, self.args.eval_batch_size, self.args.eval_batch_size * self.args.world_size)
+        rows = self.args.eval_batch_size
+        return self._in_order(segments, rows, rows * self.args.world_size)
 
     def _in_order(self, segments: Any, batch_size: int, per_step: int) -> DataLoader[Any]:
         if not isinstance(segments, Segments) or segments.lanes != per_step:

@@ -247,6 +247,16 @@ def test_evaluation_carries_states_of_its_own(tmp_path: Path) -> None:
     assert_identical(joined_states(run), before)
 
 
+def test_named_data_sets_and_predictions_are_judged_from_carried_states_too(tmp_path: Path) -> None:
+    segments = Segments(documents([36] * 4), 4, 9, seed=None)
+    run = trainer(tmp_path, segments, per_device_eval_batch_size=4)
+    loss = run.evaluate()["eval_loss"]
+    run.eval_dataset = {"first": segments, "second": segments}
+    judged = run.evaluate()
+    predicted = run.predict(segments).metrics
+    assert [judged["eval_first_loss"], judged["eval_second_loss"], predicted["test_loss"]] == [loss] * 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -356,6 +366,38 @@ def test_the_z_loss_counts_the_tokens_that_the_loss_counts_in_packed_and_padded_
     targets = next_labels(inputs)[predicted]
     assert_same(loss, torch.nn.functional.cross_entropy(logits[predicted], targets))
     assert_same(full - loss, 0.5 * logits.logsumexp(-1)[predicted].square().mean(), FLOAT32)
+
+
+def test_the_z_loss_is_added_to_the_loss_of_a_function_too(tmp_path: Path) -> None:
+    ids = tokens(2, 8)
+
+    def halved(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return 0.5 * torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    model = tiny_model(XLSTMForCausalLM).train()
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    run = XLSTMTrainer(model, arguments, z_loss=0.5, compute_loss_func=halved)
+    outputs = model(ids, labels=ids)
+    squares = outputs.logits[:, :-1].logsumexp(-1).square()
+    loss = run.compute_loss(model, {"input_ids": ids, "labels": ids})
+    assert_same(loss, 0.5 * outputs.loss + 0.5 * squares.mean(), FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "z_loss", "message"),
+    [
+        (XLSTMForTokenClassification, 1e-4, "needs a language model.* got 0.0001 for XLSTMForTokenClassification"),
+        (XLSTMForSequenceClassification, 1e-4, "needs a language model"),
+        (XLSTMForCausalLM, -1.0, "must be a finite number of at least 0; got -1.0"),
+        (XLSTMForCausalLM, float("nan"), "must be a finite number of at least 0; got nan"),
+    ],
+)
+def test_a_z_loss_that_cannot_be_meant_is_refused(
+    model_class: Any, z_loss: float, message: str, tmp_path: Path
+) -> None:
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match=f"`z_loss` {message}"):
+        XLSTMTrainer(tiny_model(model_class), arguments, z_loss=z_loss)
 
 
 def test_columns_that_describe_packing_reach_the_model(tmp_path: Path) -> None:
