@@ -63,6 +63,8 @@ class GateStatistics:
         if call.lengths is not None:
             real = torch.arange(h.shape[1], device=h.device) < call.lengths[:, None]
             gates = [x[real] for x in gates]
+        if not gates[0].numel():  # a lane that has ended leaves padding only
+            return
         numbers = [number for x in gates for number in (x.mean(), x.min(), x.max())]
         self._seen.setdefault(f"{index:02d}_{kind}", []).append(torch.stack(numbers))
 

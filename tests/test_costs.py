@@ -109,3 +109,15 @@ def test_gate_statistics_are_those_of_the_pre_activations_the_cells_use(style: s
         for name, x in zip(("input", "forget"), pair, strict=True):
             for what, value in (("mean", x.mean()), ("min", x.min()), ("max", x.max())):
                 assert_same(numbers[f"gates/{i:02d}_{kind}/{name}_{what}"], value.item(), FLOAT32)
+
+
+def test_gate_statistics_leave_out_a_pass_that_holds_padding_only() -> None:
+    """The last micro-batches of an epoch may: their lanes have ended."""
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(2, 9)
+    statistics, seen = GateStatistics(), []
+    for masks in ([1], [1, 0]):
+        with statistics.watching(model):
+            for mask in masks:
+                model(ids, attention_mask=torch.full_like(ids, mask))
+        seen.append(statistics.take())
+    assert seen[0] == seen[1]
