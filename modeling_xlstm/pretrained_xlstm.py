@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 
@@ -105,6 +109,15 @@ class XLSTMPreTrainedModel(PreTrainedModel):
         self.pack_weights(False)  # the memory that weights move out of
         return super()._apply(*args, **kwargs)
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        """As in Transformers; reentrant checkpoints, too, pass the gradients of the states on."""
+        func = gradient_checkpointing_func
+        if getattr(func, "keywords", {}).get("use_reentrant") is not False:
+            func = functools.partial(_checkpoint_flat, func)
+        super()._set_gradient_checkpointing(enable, func, **kwargs)
+
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, whose releases before 5.23 would cut an sLSTM's gates as they cut an mLSTM's."""
@@ -198,3 +211,17 @@ class XLSTMPreTrainedModel(PreTrainedModel):
             spread = torch.arange(P) / max(P - 1, 1)
             bias[1] = 5.0 - 12.0 * spread ** (0.3 + 1.3 * ratio)
         init.copy_(module.bias, bias)
+
+
+def _checkpoint_flat(apply: Callable[..., Any], run: Callable[..., Any], *inputs: Any) -> Any:
+    """apply(run, *inputs) for a checkpoint that knows only the tensors that are arguments and results themselves."""
+    leaves, form = tree_flatten(inputs)
+    forms = []
+
+    def run_flat(*leaves: Any) -> tuple[Any, ...]:
+        made, form_made = tree_flatten(run(*tree_unflatten(leaves, form)))
+        forms.append(form_made)
+        return tuple(made)
+
+    made = apply(run_flat, *leaves)
+    return tree_unflatten(made, forms[0])
