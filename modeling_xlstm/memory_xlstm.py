@@ -158,6 +158,8 @@ def estimate_step(config: XLSTMConfig, plan: Plan) -> Step:
     ):
         if getattr(plan, name) not in known:
             raise ValueError(f"`{name}` must be one of {list(known)}; got {getattr(plan, name)!r}.")
+    if config.kernel_backend == "triton":  # which no tensor here could run
+        config = type(config)(**{**config.to_dict(), "kernel_backend": "torch"})
     kinds = config.block_types or []
     parts = {kind: _block(config, kind, plan) for kind in dict.fromkeys(kinds)}
     with FakeTensorMode():

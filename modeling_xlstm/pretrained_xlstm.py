@@ -110,13 +110,17 @@ class XLSTMPreTrainedModel(PreTrainedModel):
         return super()._apply(*args, **kwargs)
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """As in Transformers; reentrant checkpoints, too, pass the gradients of the states on."""
         func = gradient_checkpointing_func
         if getattr(func, "keywords", {}).get("use_reentrant") is not False:
             func = functools.partial(_checkpoint_flat, func)
-        super()._set_gradient_checkpointing(enable, func, **kwargs)
+        super()._set_gradient_checkpointing(enable, func, *args, **kwargs)
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:

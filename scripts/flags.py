@@ -7,6 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
+# What a configuration raises whose fields make no model.
+NO_CONFIG = (StrictDataclassError, TypeError, ValueError)
+
 
 class WrongInput(ValueError):
     """The caller can mend it: shown as a message, without a traceback."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flags import WrongInput, number, positive
+from flags import NO_CONFIG, WrongInput, number, positive
 
 from modeling_xlstm import XLSTMConfig
 from modeling_xlstm.costs_xlstm import flops_per_token, known_peak_flops
@@ -58,10 +58,14 @@ def open_config(path: Path) -> XLSTMConfig:
         fields = json.loads(file.read_text("utf-8"))
         kind = fields.get("model_type", XLSTMConfig.model_type)
         if kind == XLSTMConfig.model_type:
-            return XLSTMConfig(**fields) if path.is_file() else XLSTMConfig.from_pretrained(path)
-    except (AttributeError, TypeError, ValueError) as error:
+            config = XLSTMConfig(**fields) if path.is_file() else XLSTMConfig.from_pretrained(path)
+    except (AttributeError, *NO_CONFIG) as error:
         raise WrongInput(f"{file} describes no xLSTM: {error}") from error
-    raise WrongInput(f"{file} must describe a model of type {XLSTMConfig.model_type}; got {kind}.")
+    if kind != XLSTMConfig.model_type:
+        raise WrongInput(f"{file} must describe a model of type {XLSTMConfig.model_type}; got {kind}.")
+    if not config.vocab_size:
+        raise WrongInput(f"{file} must describe a language model; this one reads frames and has no `vocab_size`.")
+    return config
 
 
 def estimate(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import plan
 import pytest
@@ -59,6 +60,32 @@ def test_the_help_shows_the_command_as_it_is_typed(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit, match="0"):
         plan.parse(["--help"])
     assert "--precision mixed \\\n        --gradient_checkpointing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_heads": 3}, "describes no xLSTM: .*must be a multiple of"),
+        ({"hidden_size": "x"}, "describes no xLSTM: .*expected int, got str"),
+        ({"vocab_size": 0, "input_size": 3}, "must describe a language model; this one reads frames"),
+    ],
+)
+def test_a_configuration_that_makes_no_language_model_is_not_planned(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.json"
+    file.write_text(json.dumps({"vocab_size": 61, "hidden_size": 32, "num_heads": 2, **fields}), "utf-8")
+    with pytest.raises(plan.WrongInput, match=f"(?s){message}"):
+        plan.open_config(file)
+
+
+def test_a_model_for_the_kernels_is_planned_without_a_gpu(tmp_path: Path) -> None:
+    fields = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "slstm_at": [1]}
+    numbers = []
+    for backend in ("torch", "triton"):
+        (tmp_path / "model.json").write_text(json.dumps({**fields, "kernel_backend": backend}), "utf-8")
+        numbers.append(plan.estimate(plan.parse([str(tmp_path / "model.json"), "--block_size", "16"])))
+    assert numbers[0] == numbers[1]
 
 
 def test_a_checkpoint_is_planned_like_its_configuration(tmp_path: Path) -> None:
