@@ -33,7 +33,7 @@ import transformers
 from datasets import Dataset
 from flags import WrongInput
 from peft import LoraConfig, PeftConfig, PromptTuningConfig
-from runs import check_resumed, end_group, flag_parser, load, parse_flags
+from runs import check_numbers, check_resumed, end_group, flag_parser, load, parse_flags, refusals
 from train_data import load_files
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 from transformers.hf_argparser import string_to_bool
@@ -45,6 +45,7 @@ from modeling_xlstm.training_xlstm import ResumableTrainer, XLSTMTrainer
 from modeling_xlstm.tuning_xlstm import StateTuner, lora_targets
 
 METHODS = ("full", "lora", "prompt", "state")
+KINDS = ({"text"}, {"prompt", "completion"}, {"messages"})  # of rows
 
 
 class Tuning(ResumableTrainer, SFTTrainer):
@@ -81,26 +82,50 @@ def parse(words: Sequence[str]) -> tuple[str, SFTConfig, TuneArguments]:
         if action.type is string_to_bool and action.nargs is None:
             action.nargs, action.const = "?", True
     settings, tune = parse_flags(parser, words[1:])
+    check(settings, tune)
+    return words[0], settings, tune
+
+
+def check(settings: SFTConfig, tune: TuneArguments) -> None:
+    """Raise WrongInput for flags that cannot be followed."""
+    check_numbers(settings)
     check_resumed(settings.resume_from_checkpoint, "the tuning begins anew")
+    if settings.max_length is not None and settings.max_length < 1:
+        raise WrongInput(f"`--max_length` must be at least 1; got {settings.max_length}.")
+    if settings.dataset_text_field != "text":
+        raise WrongInput(
+            f"`--dataset_text_field` must be text, as in the rows; got {settings.dataset_text_field}. Rename the field."
+        )
     for name, method in (("lora_r", "lora"), ("lora_alpha", "lora"), ("prompt_tokens", "prompt")):
         value = getattr(tune, name)
         if value < 1:
             raise WrongInput(f"`--{name}` must be at least 1; got {value}.")
         if tune.method != method and value != getattr(TuneArguments, name):
             raise WrongInput(f"`--{name}` applies to --method {method}; got --method {tune.method}. Leave it out.")
-    return words[0], settings, tune
 
 
 def read_examples(files: list[str]) -> Dataset:
+    """Rows of one kind, each of them whole."""
     rows = load_files("--data", files, "jsonl", split="train")
-    kinds = ({"text"}, {"prompt", "completion"}, {"messages"})
-    if not any(kind <= set(rows.column_names) for kind in kinds):
+    named = {name for kind in KINDS for name in kind} & set(rows.column_names)
+    if named not in KINDS:
         raise WrongInput(
-            f"Rows of `--data` must hold `text`, `prompt` and `completion`, or `messages`; got {rows.column_names}."
+            "Rows of `--data` must hold `text`, `prompt` and `completion`, or `messages`, and not more than one of "
+            f"these kinds; got {rows.column_names}. Leave out what is not to be learnt from, or rename it."
         )
-    if "text" in rows.column_names and not any(text and str(text).strip() for text in rows["text"]):
+    for name in sorted(named):
+        wanted = "a list of messages, each with a `role`" if name == "messages" else "text"
+        for i, value in enumerate(rows[name], 1):
+            is_text = isinstance(value, str) and name != "messages"
+            if not is_text and not (is_chat(value) and name != "text"):
+                raise WrongInput(f"`{name}` in row {i} of `--data` must be {wanted}; got {value!r}.")
+    if "text" in named and not any(text.strip() for text in rows["text"]):
         raise WrongInput(f"`--data` must hold examples to learn; the text of all {len(rows)} is empty.")
     return rows
+
+
+def is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, dict) and x.get("role") for x in value)
 
 
 def encode(row: dict[str, Any], tokenizer: Any, longest: int | None) -> dict[str, list[int]]:
@@ -120,16 +145,21 @@ def encode(row: dict[str, Any], tokenizer: Any, longest: int | None) -> dict[str
 
 def refuse(settings: SFTConfig, names: Sequence[str], why: str) -> None:
     for name in names:
-        if getattr(settings, name):
+        if getattr(settings, name) != getattr(SFTConfig, name):  # its default
             raise WrongInput(f"`--{name}` does not apply to {why}. Leave it out.")
 
 
 def tune_states(model: Any, tokenizer: Any, rows: Dataset, settings: SFTConfig) -> None:
     """Train the states only, and write them."""
-    refuse(
-        settings, ("packing", "padding_free", "assistant_only_loss"), "--method state: every row starts from the states"
-    )
+    rowwise = ("packing", "padding_free", "assistant_only_loss")
+    refuse(settings, rowwise, "--method state: every row starts from the states")
     refuse(settings, ("resume_from_checkpoint",), "--method state, which keeps no checkpoints")
+    of_trl = ("loss_type", "neftune_noise_alpha", "truncation_mode", "eos_token")
+    refuse(settings, of_trl, "--method state, which trains without TRL")
+    if not settings.completion_only_loss:
+        refuse(settings, ("completion_only_loss",), "--method state: of a prompt nothing is learnt")
+    if "prompt" in rows.column_names and not all(isinstance(row["prompt"], str) for row in rows):
+        raise WrongInput("For --method state `prompt` and `completion` must be text; got messages. Use `messages`.")
     examples = [encode(row, tokenizer, settings.max_length) for row in rows]
     learnt = [example for example in examples if any(label != -100 for label in example["labels"][1:])]
     if not learnt:
@@ -144,9 +174,10 @@ def tune_states(model: Any, tokenizer: Any, rows: Dataset, settings: SFTConfig) 
     print(f"States     {trained:,} numbers are trained, of {model.num_parameters():,} weights none")
     # What it learns is written at the end; a checkpoint of it would hold the frozen model once more.
     settings.save_strategy = "no"
-    trainer = XLSTMTrainer(
-        tuner, settings, train_dataset=learnt, data_collator=DataCollatorForSeq2Seq(tokenizer, padding="longest")
-    )
+    with refusals():
+        trainer = XLSTMTrainer(
+            tuner, settings, train_dataset=learnt, data_collator=DataCollatorForSeq2Seq(tokenizer, padding="longest")
+        )
     trainer.train()
     write_state(tuner.cache(1), settings)
 
@@ -169,6 +200,7 @@ def adapters(model: Any, settings: SFTConfig, tune: TuneArguments) -> PeftConfig
     if tune.method == "prompt":
         # PEFT drops what describes packing when it puts a prompt before a row.
         refuse(settings, ("packing", "padding_free"), "--method prompt: every row starts with the prompt")
+        refuse(settings, ("label_smoothing_factor",), "--method prompt, whose prompt has logits and no labels")
         return PromptTuningConfig(
             num_virtual_tokens=tune.prompt_tokens, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM"
         )
@@ -178,7 +210,8 @@ def adapters(model: Any, settings: SFTConfig, tune: TuneArguments) -> PeftConfig
 def tune_weights(model: Any, tokenizer: Any, rows: Dataset, settings: SFTConfig, tune: TuneArguments) -> None:
     """Train all weights, adapters or a prompt with TRL, and write a checkpoint or what was added."""
     added = adapters(model, settings, tune)
-    trainer = Tuning(model, settings, train_dataset=rows, processing_class=tokenizer, peft_config=added)
+    with refusals():
+        trainer = Tuning(model, settings, train_dataset=rows, processing_class=tokenizer, peft_config=added)
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
     trainer.save_model(str(settings.output_dir))
     if tune.method == "prompt":

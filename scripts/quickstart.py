@@ -47,7 +47,7 @@ from corpus import (
     read_standard_library,
 )
 from flags import WrongInput, number, positive
-from runs import LossBar, differences, last_checkpoint, silent, step_of
+from runs import LossBar, delete_unfinished, differences, last_checkpoint, silent, step_of
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -261,6 +261,7 @@ def train(arguments: argparse.Namespace, text: Text, settings: TrainingArguments
     """Train, judge and save: model, tokenizer and card in the folder of the run."""
     say = print if settings.process_index == 0 else silent
     with settings.main_process_first():
+        delete_unfinished(arguments.out / "checkpoints")
         checkpoint = last_checkpoint(arguments.out / "checkpoints")
         tokenizer = load_or_train_tokenizer(
             arguments.out / "checkpoints" / "tokenizer", text.train, arguments.vocab_size, checksum(text)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from flags import WrongInput
-from transformers import HfArgumentParser, ProgressCallback, TrainerState
+from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser, ProgressCallback, TrainerState, TrainingArguments
 
 LETTING_GO = 0.2  # seconds, a hundred times what a thread needs to drop a tensor
 
@@ -63,6 +66,27 @@ def parse_flags(parser: HfArgumentParser, words: Sequence[str]) -> tuple[Any, ..
     return tuple(parsed)
 
 
+def check_numbers(settings: TrainingArguments) -> None:
+    """Raise WrongInput for what Trainer would stumble over later."""
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for name, least in (*((size, 1) for size in sizes), ("learning_rate", 0)):
+        value = getattr(settings, name)
+        if not value >= least:
+            raise WrongInput(f"`--{name}` must be at least {least}; got {value}.")
+    words = settings.optim_args.split(",") if settings.optim_args else []
+    if not all(word.count("=") == 1 for word in words):
+        raise WrongInput(f"`--optim_args` must be `name=value,name=value`; got {settings.optim_args}.")
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Where a trainer is made: what it refuses of flags and rows is for the caller to mend."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        raise WrongInput(f"These flags cannot be followed: {error}") from error
+
+
 def check_resumed(chosen: str | None, without: str) -> None:
     """Raise WrongInput if `--resume_from_checkpoint` names no checkpoint; `without` says what happens if none is."""
     if chosen is not None and not (Path(chosen) / "trainer_state.json").is_file():
@@ -89,7 +113,7 @@ def load(word: str, auto_class: Any, name: str, **options: Any) -> Any:
     """A checkpoint's model or tokenizer; `word` is how the caller names it."""
     try:
         return auto_class.from_pretrained(name, trust_remote_code=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, StrictDataclassError, ValueError) as error:
         raise WrongInput(f"{word} must name a checkpoint's folder, or one of the Hub; {name}: {error}") from error
 
 
@@ -97,18 +121,32 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end; later ones that were not are deleted."""
+def checkpoints(folder: Path) -> list[Path]:
+    """The last first, written to their ends or not."""
     numbered = (path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit())
-    for checkpoint in sorted(numbered, key=step_of, reverse=True):
-        try:
-            # Trainer writes this file last.
-            TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            shutil.rmtree(checkpoint)
-        else:
-            return checkpoint
-    return None
+    return sorted(numbered, key=step_of, reverse=True)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether it was written to its end."""
+    try:
+        # Trainer writes this file last.
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that was written to its end."""
+    return next(filter(is_whole, checkpoints(folder)), None)
+
+
+def delete_unfinished(folder: Path) -> None:
+    """Delete the checkpoints after that; Trainer would take them for the newest, and delete whole ones first."""
+    for checkpoint in itertools.takewhile(lambda x: not is_whole(x), checkpoints(folder)):
+        print(f"Deleted    {checkpoint}, which was not written to its end")
+        shutil.rmtree(checkpoint)
 
 
 def silent(*words: object) -> None:

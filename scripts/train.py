@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,10 +33,13 @@ import torch
 import transformers
 import yaml  # type: ignore[import-untyped]
 from corpus import load_or_train_tokenizer
-from flags import WrongInput
+from flags import NO_CONFIG, WrongInput
 from runs import (
     LossBar,
+    check_numbers,
     check_resumed,
+    checkpoints,
+    delete_unfinished,
     differences,
     draw_losses,
     end_group,
@@ -43,6 +47,7 @@ from runs import (
     last_checkpoint,
     load,
     parse_flags,
+    refusals,
     silent,
     step_of,
 )
@@ -144,7 +149,7 @@ def open_model(
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     try:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**fields, **ids}))
-    except (TypeError, ValueError) as error:
+    except NO_CONFIG as error:
         raise WrongInput(f"{run.model} describes no model: {error}") from error
     model.generation_config = GenerationConfig(**ids)
     return model, tokenizer
@@ -158,6 +163,8 @@ def read_fields(path: Path) -> dict[str, Any]:
         raise WrongInput(f"{path} must be JSON in UTF-8: {error}") from error
     if not isinstance(fields, dict) or not {"model_type", "vocab_size"} <= fields.keys():
         raise WrongInput(f"{path} must hold the fields of a configuration, `model_type` and `vocab_size` among them.")
+    if type(fields["vocab_size"]) is not int or fields["vocab_size"] < 1:
+        raise WrongInput(f"`vocab_size` of {path} must be a whole number of at least 1; got {fields['vocab_size']!r}.")
     return fields
 
 
@@ -197,16 +204,17 @@ def make_trainer(
     run: RunArguments, settings: TrainingArguments, model: PreTrainedModel, tokenizer: Any, source: Source
 ) -> Run:
     train, held_out, size = make_data(run, settings, source, tokenizer, model.config.vocab_size)
-    trainer = (CarriedRun if run.carry_state else Run)(
-        model,
-        settings,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        compute_metrics=sum_nats,
-        preprocess_logits_for_metrics=nats_of_labels,
-        z_loss=run.z_loss,
-    )
+    with refusals():
+        trainer = (CarriedRun if run.carry_state else Run)(
+            model,
+            settings,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            compute_metrics=sum_nats,
+            preprocess_logits_for_metrics=nats_of_labels,
+            z_loss=run.z_loss,
+        )
     trainer.held_out_bytes = size
     config: Any = model.config
     flops = flops_per_token(config, run.block_size).training
@@ -233,6 +241,9 @@ def check(run: RunArguments, settings: TrainingArguments) -> None:
         raise WrongInput("`--save_only_model` leaves out what a killed training goes on from. Leave it out.")
     if run.block_size < 1:
         raise WrongInput(f"`--block_size` must be at least 1; got {run.block_size}.")
+    if run.peak_flops is not None and not 0 < run.peak_flops < math.inf:
+        raise WrongInput(f"`--peak_flops` must be a finite number above 0; got {run.peak_flops}.")
+    check_numbers(settings)
     check_resumed(settings.resume_from_checkpoint, "the last one in `--output_dir` is taken")
     if Path(str(settings.output_dir)).is_file():
         raise WrongInput(f"`--output_dir` must name a folder; {settings.output_dir} is a file.")
@@ -242,8 +253,9 @@ def check(run: RunArguments, settings: TrainingArguments) -> None:
 
 # Of TrainingArguments: what decides what is learnt. Of the numbers of steps, more may be asked for later.
 DECIDING = (
-    "seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16",
+    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay",
+    "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16",
+    "optim_args", "optim_target_modules", "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy",
 )  # fmt: skip
 
 
@@ -266,15 +278,22 @@ def open_run(run: RunArguments, settings: TrainingArguments, source: Source) -> 
     """The checkpoint to go on from, if there is one; raise WrongInput if it is of another run."""
     folder, described = Path(str(settings.output_dir)), json.loads(json.dumps(describe(run, settings, source)))
     file, checkpoint = folder / "training_run.json", last_checkpoint(folder)
+    if not file.is_file() and (others := checkpoints(folder)):
+        raise WrongInput(
+            f"{folder} holds {others[0].name} and no {file.name}: what trained there is not known. Choose another "
+            "folder, where --resume_from_checkpoint can go on from a checkpoint of this one."
+        )
     if checkpoint is not None and file.is_file() and settings.resume_from_checkpoint is None:
         before = json.loads(file.read_text("utf-8"))
-        changed = differences(before, described, ("max_steps", "num_train_epochs"), ("model", "text"))
+        known = {name: value for name, value in described.items() if name in before}
+        changed = differences(before, known, ("max_steps", "num_train_epochs"), ("model", "text"))
         if changed:
             raise WrongInput(
                 f"{folder} holds another run ({'; '.join(changed)}). Choose another folder, or go on from it all the "
                 f"same with --resume_from_checkpoint {checkpoint}."
             )
     if settings.process_index == 0:
+        delete_unfinished(folder)
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(described, indent=2) + "\n", "utf-8")
     return checkpoint

@@ -207,13 +207,48 @@ def test_of_a_chat_the_answers_alone_can_be_learnt(
         ),
         (["--data", "text.jsonl", "--foo"], "`--foo` is no flag"),
         (["--method", "full"], "`--data` must name files; got none"),
-        (["--data", "other.jsonl"], r"must hold `text`, `prompt` and `completion`, or `messages`; got \['body'\]"),
+        (["--data", "both.jsonl"], r"not more than one of these kinds; got \['text', 'prompt', 'completion'\]"),
+        (["--data", "null.jsonl"], "`text` in row 2 of `--data` must be text; got None"),
+        (["--data", "number.jsonl"], "`text` in row 1 of `--data` must be text; got 5"),
+        (["--data", "chat.jsonl"], "`messages` in row 1 of `--data` must be a list of messages.* got 'w5'"),
+        (["--data", "text.jsonl", "--max_length", "0"], "`--max_length` must be at least 1; got 0"),
+        (["--data", "text.jsonl", "--learning_rate", "-1"], "`--learning_rate` must be at least 0; got -1"),
+        (["--data", "text.jsonl", "--dataset_text_field", "body"], "`--dataset_text_field` must be text, as in the"),
+        (["--data", "text.jsonl", "--eval_strategy", "steps"], "cannot be followed: .*eval_dataset"),
+        (
+            ["--data", "text.jsonl", "--method", "state", "--eval_strategy", "steps"],
+            "cannot be followed: .*eval_dataset",
+        ),
+        (
+            ["--data", "text.jsonl", "--method", "prompt", "--label_smoothing_factor", "0.1"],
+            "`--label_smoothing_factor` does not apply to --method prompt",
+        ),
+        (
+            ["--data", "completion.jsonl", "--method", "state", "--completion_only_loss", "false"],
+            "`--completion_only_loss` does not apply to --method state",
+        ),
+        (["--data", "text.jsonl", "--method", "state", "--loss_type", "dft"], "`--loss_type` does not apply to"),
+        (
+            ["--data", "text.jsonl", "--method", "state", "--neftune_noise_alpha", "5"],
+            "`--neftune_noise_alpha` does not apply to",
+        ),
+        (["--data", "talks.jsonl", "--method", "state"], "`prompt` and `completion` must be text; got messages"),
+        (["--data", "other.jsonl"], r"must hold `text`, .* not more than one of these kinds; got \['body'\]"),
     ],
 )
 def test_examples_that_cannot_be_learnt_from_are_refused(words: list[str], message: str, script: ModuleType) -> None:
     Path("other.jsonl").write_text('{"body": "w5"}\n', "utf-8")
     Path("blank.jsonl").write_text('{"text": ""}\n{"text": " "}\n', "utf-8")
     Path("broken.jsonl").write_text('{"text": "w5', "utf-8")
+    rows = {
+        "both": [{**ROWS["text"], **ROWS["completion"]}],
+        "null": [{"text": "w5"}, {"text": None}],
+        "number": [{"text": 5}],
+        "chat": [{"messages": "w5"}],
+        "talks": [{"prompt": ROWS["messages"]["messages"][:1], "completion": ROWS["messages"]["messages"][1:]}],
+    }
+    for name, lines in rows.items():
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
     with pytest.raises(script.WrongInput, match=message):
         tune(script, *words)
 

@@ -229,6 +229,15 @@ def test_two_processes_train_to_the_weights_of_one(script: ModuleType, tmp_path:
         (["--model", "list.json"], "list.json must hold the fields of a configuration"),
         (["--model", "broken.json"], "broken.json must be JSON in UTF-8"),
         (["--model", "typo.json"], "typo.json describes no model: .*num_headz"),
+        (["--model", "heads.json"], "heads.json describes no model: (?s:.*)must be a multiple of"),
+        (["--model", "words.json"], "`vocab_size` of words.json must be a whole number of at least 1; got 'x'"),
+        (["--per_device_train_batch_size", "0"], "`--per_device_train_batch_size` must be at least 1; got 0"),
+        (["--per_device_eval_batch_size", "0"], "`--per_device_eval_batch_size` must be at least 1; got 0"),
+        (["--learning_rate", "-1"], "`--learning_rate` must be at least 0; got -1.0"),
+        (["--peak_flops", "-5"], "`--peak_flops` must be a finite number above 0; got -5.0"),
+        (["--optim_args", "fast"], "`--optim_args` must be `name=value,name=value`; got fast"),
+        (["--z_loss", "nan"], "cannot be followed: `z_loss` must be a finite number of at least 0; got nan"),
+        (["--report_to", "nonsense"], "cannot be followed: nonsense is not supported"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_by_name(
@@ -238,6 +247,8 @@ def test_what_cannot_be_trained_is_refused_by_name(
     Path("numbers.jsonl").write_text('{"text": 1}\n{"text": 2}\n' * 40, "utf-8")
     Path("list.json").write_text("[1, 2]", "utf-8")
     Path("typo.json").write_text(json.dumps({**MODEL, "num_headz": 2}), "utf-8")
+    Path("heads.json").write_text(json.dumps({**MODEL, "num_heads": 3}), "utf-8")
+    Path("words.json").write_text(json.dumps({**MODEL, "vocab_size": "x"}), "utf-8")
     for name in ("broken.jsonl", "broken.json"):
         Path(name).write_text('{"text": "a b', "utf-8")
     with pytest.raises(script.WrongInput, match=message):
@@ -254,6 +265,9 @@ def test_another_run_in_the_folder_is_refused_unless_it_is_asked_for(script: Mod
         ("--text", "second.txt"): "another text",
         ("--model", "other.json"): "another model",
         ("--carry_state",): "carry_state: False, now True",
+        ("--data_seed", "7"): "data_seed: None, now 7",
+        ("--label_smoothing_factor", "0.3"): r"label_smoothing_factor: 0\.0, now 0\.3",
+        ("--optim_args", "eps=1"): "optim_args: None, now eps=1",
     }
     for words, message in changes.items():
         with pytest.raises(
@@ -264,6 +278,32 @@ def test_another_run_in_the_folder_is_refused_unless_it_is_asked_for(script: Mod
     resumed = ["--resume_from_checkpoint", "run/checkpoint-9", "--learning_rate", "1e-4"]
     run(script, "--max_steps", "12", *resumed)
     assert json.loads(Path("run/trainer_state.json").read_text("utf-8"))["global_step"] == 12
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_checkpoints_of_what_is_not_known_are_neither_deleted_nor_gone_on_from(
+    finished: bool, script: ModuleType
+) -> None:
+    kept = Path("run/checkpoint-100/notes.txt")
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    if finished:
+        (kept.parent / "trainer_state.json").write_text("{}", "utf-8")
+    with pytest.raises(script.WrongInput, match=r"run holds checkpoint-100 and no training_run\.json"):
+        run(script)
+    assert kept.exists()
+
+
+def test_a_checkpoint_of_this_run_that_was_not_written_to_its_end_is_deleted_and_named(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(script, "--max_steps", "6")
+    Path("run/checkpoint-9").mkdir()
+    run(script, "--max_steps", "7")
+    assert not Path("run/checkpoint-9").exists()
+    out = capsys.readouterr().out
+    assert "Deleted    run/checkpoint-9, which was not written to its end" in out
+    assert "Resuming   at step 6" in out
 
 
 def test_a_tokenizer_of_another_text_is_trained_anew(script: ModuleType) -> None:
