@@ -50,7 +50,7 @@ class Segments(Dataset[dict[str, Tensor]]):
         seed: shuffles the documents, anew in every epoch; None keeps their order.
 
     Raises:
-        ValueError: a document is empty, or there is less than a token for each lane.
+        ValueError: a document is empty or no row of integers, or there is less than a token for each lane.
     """
 
     def __init__(
@@ -64,8 +64,7 @@ class Segments(Dataset[dict[str, Tensor]]):
             stored: Any = documents
             ids, lengths = stored.ids, stored.lengths
         else:
-            # Half the memory of torch's own integers; a vocabulary needs no more.
-            parts = [torch.as_tensor(document, dtype=torch.int32) for document in documents]
+            parts = [_as_ids(number, document) for number, document in enumerate(documents)]
             ids, lengths = torch.cat([torch.empty(0, dtype=torch.int32), *parts]), torch.tensor([*map(len, parts)])
         if len(lengths) == 0 or int(lengths.min()) == 0:
             raise ValueError(
@@ -117,6 +116,20 @@ class Segments(Dataset[dict[str, Tensor]]):
             "lane": torch.tensor(lane),
             "fresh": torch.tensor(segment == 0 or bool(document[0] != document[1])),
         }
+
+
+def _as_ids(number: int, document: Any) -> Tensor:
+    """Token ids of one document, [T]."""
+    try:
+        ids = torch.as_tensor(document)
+    except (TypeError, ValueError):
+        ids = torch.empty(())  # words
+    if ids.dim() != 1 or (len(ids) and ids.is_floating_point()):
+        raise ValueError(
+            f"`documents` must hold token ids, integers [T]; number {number} is a {type(document).__name__}, read as "
+            f"{ids.dtype} {list(ids.shape)}. Tokenise text, and give each document a row of its own."
+        )
+    return ids.to(torch.int32)  # half the memory of torch's own integers; a vocabulary needs no more
 
 
 def packed_row(ids: Tensor, document: Tensor, real: Tensor | None = None) -> dict[str, Tensor]:

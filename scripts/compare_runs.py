@@ -68,9 +68,10 @@ def draw(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for key, style in (("loss", "-"), ("eval_nats_per_token", "o--")):
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             label = f"{name}, {'training' if key == 'loss' else 'held out'}"
-            axes.plot(
-                *zip(*points, strict=True), style, color=f"C{i}", alpha=0.4 if key == "loss" else 1.0, label=label
-            )
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), style, color=f"C{i}", alpha=0.4 if key == "loss" else 1.0, label=label
+                )
     axes.set(xlabel="optimizer step", ylabel="nats per token", ylim=(None, 7.0))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -92,7 +93,7 @@ def main() -> None:
     histories = {}
     for folder in arguments.runs:
         state = read_run(folder)
-        histories[folder.name] = state["log_history"]
+        histories[str(folder)] = state["log_history"]
         judged = [entry["eval_bits_per_byte"] for entry in state["log_history"] if "eval_bits_per_byte" in entry]
         if not judged:
             raise SystemExit(f"compare_runs.py: {folder} has not been judged: its training has not ended.")

@@ -119,6 +119,8 @@ def recipe_flags(path: Path) -> Iterator[str]:
     if not isinstance(recipe, dict):
         raise WrongInput(f"{path} must hold `flag: value` lines; got {type(recipe).__name__}.")
     for name, value in recipe.items():
+        if value is None or value == []:  # no word that a flag could have says it
+            continue
         yield f"--{name}"
         if isinstance(value, list):
             yield from map(str, value)

@@ -11,6 +11,7 @@ import corpus
 import pytest
 import torch
 from inputs import tiny_model
+from matplotlib.figure import Figure
 from tolerances import assert_same
 
 from modeling_xlstm import XLSTMForCausalLM
@@ -43,3 +44,13 @@ def test_a_compressor_gets_each_file_alone() -> None:
 def test_a_folder_without_a_finished_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="must hold a finished run"):
         compare_runs.read_run(tmp_path)
+
+
+def test_of_a_run_that_logged_no_loss_what_is_held_out_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    compare_runs.draw({"short": [{"step": 4, "eval_nats_per_token": 2.0}]}, tmp_path / "losses.png")
+    (axes,) = figures[0].axes
+    assert [line.get_label() for line in axes.lines] == ["short, held out"]

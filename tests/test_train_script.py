@@ -346,6 +346,12 @@ def test_memory_is_pinned_where_there_is_a_gpu_or_it_is_asked_for(script: Module
     assert script.parse([*words, "--dataloader_pin_memory", "true"])[0].dataloader_pin_memory
 
 
+def test_what_a_recipe_leaves_empty_is_not_given(script: ModuleType) -> None:
+    Path("empty.yaml").write_text("tokenizer: null\npeak_flops:\ntext: []\nblock_size: 7\n", "utf-8")
+    _, arguments = script.parse(["empty.yaml", "--output_dir", "x"])
+    assert (arguments.tokenizer, arguments.peak_flops, arguments.text, arguments.block_size) == (None, None, [], 7)
+
+
 def test_flags_win_over_the_recipe(script: ModuleType) -> None:
     settings, arguments = script.parse(
         ["recipe.yaml", "--output_dir", "x", "--block_size", "7", "--learning_rate", "1"]

@@ -311,6 +311,12 @@ def test_documents_that_fill_no_lane_are_refused(lengths: list[int], lanes: int,
         Segments(documents(lengths), lanes, 4, None)
 
 
+@pytest.mark.parametrize("document", [5, "abc", ["a", "b"], [1.5, 2.0], torch.ones(1, 3, dtype=torch.long), [[1], [2]]])
+def test_a_document_that_is_no_row_of_integers_is_refused_by_number(document: Any) -> None:
+    with pytest.raises(ValueError, match=r"must hold token ids, integers \[T\]; number 1 is a"):
+        Segments([[3, 4], document], 1, 2, None)
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_weight_decay_acts_on_the_parameters_of_the_published_recipe(style: str, tied: bool) -> None:
