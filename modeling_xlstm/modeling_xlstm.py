@@ -276,11 +276,12 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = soft_cap(multiply(self.lm_head, outputs.last_hidden_state[:, kept]), self.config.output_logit_soft_cap)
-        loss = None
-        if labels is not None or loss_kwargs.get("shift_labels") is not None:
-            if loss_kwargs.get("shift_labels") is None:
-                loss_kwargs["shift_labels"] = next_real_tokens(labels, attention_mask, **packing)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+        loss, predicted = None, loss_kwargs.pop("shift_labels", None)
+        if predicted is None and labels is not None:
+            predicted = next_real_tokens(labels, attention_mask, **packing)
+        if predicted is not None:
+            given = {"labels": labels, "shift_labels": predicted, "vocab_size": self.config.vocab_size}
+            loss = self.loss_function(logits=logits, **given, **loss_kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -347,7 +348,7 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
 
     def __init__(self, config: XLSTMConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]
         self.model = XLSTMModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
@@ -427,7 +428,7 @@ class XLSTMForTokenClassification(XLSTMPreTrainedModel):
 
     def __init__(self, config: XLSTMConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]
         self.model = XLSTMModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, self.num_labels)
