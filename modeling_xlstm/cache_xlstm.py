@@ -322,7 +322,11 @@ class XLSTMCache(Cache):
         """Take over some rows of another cache of the same model, behind the rows held; what was recorded is forgotten.
 
         Texts of different lengths may stand side by side; `get_seq_length` then is that of the longest.
+
+        Raises:
+            ValueError: the other cache is of another model; nothing is taken over.
         """
+        check_same_model(other.model, self.model)
         self._forget_()
         if not rows:
             return
@@ -344,6 +348,7 @@ class XLSTMCache(Cache):
         """Write the states to a safetensors file, with what model they belong to; what was recorded is left out.
 
         Raises:
+            FileNotFoundError: there is no such folder.
             ValueError: no token has been seen yet, so there is no state to save.
         """
         states = [state for state in self.states if state is not None]

@@ -1,13 +1,15 @@
 """Recurrent states in a safetensors file: the memory of a prompt, to be continued elsewhere or later.
 
 The file says which model it belongs to: the fields of the configuration that give a state its shape and meaning. A
-file that is damaged, foreign or of another model raises before anything of it is used.
+file that is damaged, foreign or of another model raises before anything of it is used. Numbers are checked by their
+checksum; files of earlier versions hold none, and load without.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,8 +66,14 @@ def write_states(
     """Write the states of all layers, on the CPU, detached, in their own dtypes.
 
     Raises:
+        FileNotFoundError: there is no such folder.
         ValueError: a state holds some of the model's heads only.
     """
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"States are saved into a folder that exists; there is none at {folder}. Make it first."
+        )
     tensors = {}
     for i, state in enumerate(states):
         named = {**state.cell._asdict(), **({} if state.conv is None else {"conv": state.conv})}
@@ -77,7 +85,15 @@ def write_states(
             )
         tensors.update({f"{i}.{name}": x.detach().cpu().contiguous() for name, x in named.items()})
     metadata = {"format": FORMAT, "tokens_seen": str(tokens), "model": json.dumps(model)}
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, {**metadata, "crc32": _checksum(tensors, metadata)})
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of all tensors in the order of their names, and of what the header says of them."""
+    crc = zlib.crc32((metadata["tokens_seen"] + metadata["model"]).encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
 
 
 def read_states(path: str | os.PathLike[str]) -> tuple[list[LayerState], int, dict[str, Any]]:
@@ -91,14 +107,15 @@ def read_states(path: str | os.PathLike[str]) -> tuple[list[LayerState], int, di
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or was not written by `write_states`, or a tensor has another name, shape or
-            dtype than the model in its header asks for, or is not finite.
+            dtype than the model in its header asks for, holds no rows, or is not finite.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"No file of states at {os.fspath(path)}. XLSTMCache.save writes one.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # What safetensors gives may be the file itself, mapped: it would change, or end, with the file.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{os.fspath(path)} is no safetensors file, or a damaged one: {error}. Save it again."
@@ -109,7 +126,10 @@ def read_states(path: str | os.PathLike[str]) -> tuple[list[LayerState], int, di
         tokens, model = int(metadata["tokens_seen"]), json.loads(metadata["model"])
         if set(model) != set(FIELDS) or tokens < 0:
             raise ValueError("its header does not describe a model and a number of tokens")
-        return _states(tensors, model), tokens, model
+        states = _states(tensors, model)
+        if metadata.get("crc32", checksum := _checksum(tensors, metadata)) != checksum:
+            raise ValueError(f"its checksum is {checksum} and was {metadata['crc32']} when it was saved")
+        return states, tokens, model
     # A header can hold anything: whatever its fields make the configuration raise is a fault of the file.
     except Exception as error:
         raise ValueError(f"{os.fspath(path)} cannot be read as states: {error}. Nothing was loaded.") from error
@@ -125,6 +145,8 @@ def _states(tensors: dict[str, Tensor], model: dict[str, Any]) -> list[LayerStat
     if tensors.keys() != wanted.keys():
         raise ValueError(f"tensors missing or too many: {sorted(tensors.keys() ^ wanted.keys())}")
     B = next(iter(tensors.values())).shape[:1]
+    if B == (0,):
+        raise ValueError("its states have no rows")
     for name, x in tensors.items():
         if x.shape != (*B, *wanted[name]):
             raise ValueError(f"`{name}` must be {[*B, *wanted[name]]}; got {list(x.shape)}")

@@ -306,6 +306,15 @@ def test_states_of_another_model_raise_and_name_the_field(other: dict[str, Any],
             model(tokens(3, 2), past_key_values=foreign)
 
 
+def test_rows_of_another_model_are_not_taken_over() -> None:
+    cache, other = filled("large")[2], tiny_model(XLSTMForCausalLM, "large", norm_eps=1e-2)
+    before, foreign = states(cache), other(tokens(1, 2)).past_key_values
+    for taker in (cache, XLSTMCache(cache._used_by)):
+        with pytest.raises(ValueError, match=r"they differ in norm_eps"):
+            taker.append_rows_(foreign, [0])
+    assert_identical(states(cache), before)
+
+
 def rewritten(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
     save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata)
 
@@ -325,6 +334,9 @@ def rewritten(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> 
         (lambda t, m: m.update(model="[]"), "its header does not describe"),
         (lambda t, m: m.update(model=m["model"].replace('"hidden_size": 16', '"hidden_size": -1')), "cannot be read"),
         (lambda t, m: m.update(model="{" * 99999), "cannot be read as states"),
+        (lambda t, m: t.update({name: x[:0] for name, x in t.items()}), "its states have no rows"),
+        (lambda t, m: t["1.C"].neg_(), "its checksum is"),
+        (lambda t, m: m.update(tokens_seen="7"), "its checksum is"),
     ],
 )
 def test_a_hostile_file_raises_and_loads_nothing(damage: Any, message: str, tmp_path: Path) -> None:
@@ -336,6 +348,24 @@ def test_a_hostile_file_raises_and_loads_nothing(damage: Any, message: str, tmp_
     rewritten(path, tensors, metadata)
     with pytest.raises(ValueError, match=message):
         XLSTMCache.load(path)
+
+
+def test_a_file_without_a_checksum_loads_as_it_did(tmp_path: Path) -> None:
+    path, cache = tmp_path / "prompt.safetensors", filled("large")[2]
+    cache.save(path)
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    del metadata["crc32"]
+    rewritten(path, tensors, metadata)
+    assert_identical(states(XLSTMCache.load(path)), states(cache))
+
+
+def test_what_was_loaded_stays_when_its_file_is_written_over(tmp_path: Path) -> None:
+    path, cache = tmp_path / "prompt.safetensors", filled("large")[2]
+    cache.save(path)
+    loaded = XLSTMCache.load(path)
+    path.write_bytes(bytes(path.stat().st_size))  # in place, as `cp` does
+    assert_identical(states(loaded), states(cache))
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, -1])
@@ -352,6 +382,8 @@ def test_a_missing_file_and_an_empty_cache_are_named(tmp_path: Path) -> None:
         XLSTMCache.load(tmp_path / "nothing.safetensors")
     with pytest.raises(ValueError, match="has seen no token"):
         XLSTMCache(tiny_model(XLSTMForCausalLM).config).save(tmp_path / "empty.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"there is none at .*nowhere"):
+        filled("large")[2].save(tmp_path / "nowhere" / "prompt.safetensors")
 
 
 STEP = st.one_of(
