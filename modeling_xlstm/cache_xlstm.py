@@ -173,6 +173,7 @@ class XLSTMCache(Cache):
 
     layers: list[XLSTMCacheLayer]  # type: ignore[assignment]
     donates = False  # whether the model may write over the states while it reads them
+    held_of_prompt = 0  # columns of the prompt of `generate` to pass over, while it drafts
 
     def __init__(self, config: XLSTMConfig):
         block_types = (config.block_types or [])[: config.num_hidden_layers]
@@ -265,6 +266,12 @@ class XLSTMCache(Cache):
             back -= recording.tokens - keep
             recordings += [recording.part(0, keep)] if keep else []
         self._older, self._past = _bounded(recordings), []
+
+    def stop_recording_(self) -> None:
+        """End what `activate_past_recording` began, and forget what was recorded."""
+        for layer in self.layers:
+            layer.record_past = False
+        self._forget_()
 
     def _forget_(self) -> None:
         """Forget what was recorded."""

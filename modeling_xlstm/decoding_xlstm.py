@@ -1,4 +1,4 @@
-"""The decode loop of `generate`: one token a row, states at fixed addresses, the whole step replayed or compiled.
+"""What `generate` asks of the model, and its decode loop: states at fixed addresses, a step replayed or compiled.
 
 A step launched from Python pays for every kernel's launch; one recorded in a CUDA graph pays once. A graph writes where
 it was recorded to write, so it steps states of its own. A cache borrows them while it decodes: what is read from it is
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_xlstm import XLSTMCache
@@ -26,6 +27,7 @@ Step = Callable[[Any], Tensor]  # of the model, which no step holds: its memory 
 Capture = Callable[[Step, Any], Step]
 logger = logging.getLogger(__name__)
 
+Generation: Any = GenerationMixin  # whose methods are typed for a `self` that is several classes at once
 KEPT_GRAPHS = 4  # batch sizes; each holds states of its own
 PLAIN = (bool, int, float, str, type(None))
 
@@ -253,3 +255,137 @@ def _plain(value: Any) -> Hashable:
     if isinstance(value, dict):
         return tuple((str(name), _plain(x)) for name, x in value.items())
     return type(value).__qualname__
+
+
+class XLSTMGenerationMixin(Generation):  # type: ignore[misc]
+    """What is another here than in Transformers: the cache, how prompts go on from it, and what a step is given."""
+
+    generate: Any
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Give `generate` the recurrent cache; Transformers knows none for classes of this name."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"`cache_implementation={generation_config.cache_implementation!r}` does not apply: the "
+                "state of an xLSTM has one size and one implementation. Leave it out."
+            )
+        given, use_cache = model_kwargs.get("past_key_values"), generation_config.use_cache
+        if given is not None and use_cache is False:
+            raise ValueError(
+                "`past_key_values` must come with `use_cache=True`; got False, with which every step reads the whole "
+                "text again. Leave one of them out."
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if given is None and use_cache is not False:
+            model_kwargs["past_key_values"] = XLSTMCache(self.config)
+            if generation_config.is_assistant:  # its drafts will be taken back
+                model_kwargs["past_key_values"].activate_past_recording()
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """As in Transformers; a cache that leaves nothing to read raises, and so do embeddings in chunks."""
+        inputs_embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
+        if inputs_embeds is not None and generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                "`prefill_chunk_size` cuts `input_ids` only; got `inputs_embeds`. Leave it out, or read the embeddings "
+                "in pieces yourself and go on from their cache."
+            )
+        held = _columns_held(input_ids, inputs_embeds, generation_config, model_kwargs)
+        # Cut here, for Transformers 5.17 does not where the prompt is read in chunks.
+        input_ids = input_ids[:, held:]
+        return super()._prefill(
+            input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+    def _assisted_decoding(
+        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+    ) -> Any:
+        """As in Transformers, which reads a given cache's tokens twice, and leaves the cache recording at the end."""
+        rest = (input_ids, logits_processor, stopping_criteria, generation_config)
+        cache: Any = kwargs.get("past_key_values")
+        inputs_embeds = kwargs.get("inputs_embeds")
+        if inputs_embeds is not None and (generation_config.prompt_lookup_num_tokens is None or input_ids.shape[1]):
+            raise ValueError(
+                "Assisted decoding drafts from ids; got `inputs_embeds`. Pass `input_ids`, or leave the assistant out."
+            )
+        if not hasattr(cache, "stop_recording_"):
+            return super()._assisted_decoding(*rest, **kwargs)  # which says what is wrong with it
+        held, recording = _columns_held(input_ids, inputs_embeds, generation_config, kwargs), cache.recording
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not held and inputs_embeds is None:
+            # Transformers cuts and extends a mask from its first column, as if that were the first of the ids.
+            kwargs["attention_mask"] = mask[:, -input_ids.shape[1] :]
+        cache.held_of_prompt = held
+        try:
+            return super()._assisted_decoding(*rest, **kwargs)
+        finally:
+            cache.held_of_prompt = 0
+            if not recording:
+                cache.stop_recording_()
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """As in Transformers, but a `compile_config` is honoured on every device, the CPU too."""
+        if generation_config.compile_config is not None:
+            generation_config.compile_config._compile_all_devices = True
+        allowed: bool = super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        return allowed
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """The mask as it is; Transformers would make one between pairs of tokens for a cache that can be compiled."""
+        return attention_mask
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,  # Transformers looks for this name here
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in Transformers; a decoding step is given no mask, for the token just chosen is real in every row."""
+        kwargs.pop("tokenizer", None)  # that of `stop_strings`, which Transformers passes on to the model
+        held = getattr(kwargs.get("past_key_values"), "held_of_prompt", 0)
+        if is_first_iteration and held:
+            kwargs["next_sequence_length"] = (input_ids if inputs_embeds is None else inputs_embeds).shape[1] - held
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("next_sequence_length") is not None:
+            inputs.pop("attention_mask", None)
+        # Transformers makes position ids for every model whose forward takes keywords; there are no positions here.
+        inputs.pop("position_ids", None)
+        return inputs
+
+
+def _columns_held(
+    input_ids: Tensor, inputs_embeds: Tensor | None, generation_config: Any, model_kwargs: dict[str, Any]
+) -> int:
+    """How many columns of the prompt given its cache has seen: all it has, or none where only what follows is given.
+
+    As Transformers has it, ids are the whole text if they are as long as the mask, and embeddings always.
+
+    Raises:
+        ValueError: the cache has seen all of it.
+    """
+    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    seen = 0 if cache is None else cache.get_seq_length()
+    columns = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+    # A mask of ones Transformers drops, from 5.18 or so on, and notes its length.
+    mask_length = getattr(generation_config, "_mask_length", columns) if mask is None else mask.shape[1]
+    if not seen or (inputs_embeds is None and mask_length != columns):
+        return 0
+    if columns <= seen:
+        raise ValueError(
+            f"The prompt must go on where `past_key_values` ends; got a cache that has seen {seen} columns and what is "
+            f"taken for the whole text, of {columns}. Pass a longer text, or the new tokens alone with an "
+            f"`attention_mask` [{len(input_ids)}, {seen} + new]."
+        )
+    return int(seen)

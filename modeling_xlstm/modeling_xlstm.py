@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -20,7 +19,7 @@ from .blocks_xlstm import XLSTMBlock
 from .cache_xlstm import XLSTMCache
 from .configuration_xlstm import XLSTMConfig
 from .debug_xlstm import check_finite
-from .decoding_xlstm import DecodeLoop
+from .decoding_xlstm import DecodeLoop, XLSTMGenerationMixin
 from .layers_xlstm import block_norm
 from .ops_lean import causal_lm_loss, soft_cap
 from .ops_linear import multiply
@@ -212,7 +211,7 @@ def warn_unused(kwargs: dict[str, Any]) -> None:
         logger.warning_once(f"An xLSTM has no use for {unused}: ignored.")
 
 
-class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
+class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
     """xLSTM language model: next-token logits, with a soft cap if the configuration has one."""
 
     _loss_function = staticmethod(causal_lm_loss)
@@ -289,56 +288,9 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Give `generate` the recurrent cache; Transformers knows none for classes of this name."""
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"`cache_implementation={generation_config.cache_implementation!r}` does not apply: the "
-                "state of an xLSTM has one size and one implementation. Leave it out."
-            )
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = XLSTMCache(self.config)
-            if generation_config.is_assistant:  # its drafts will be taken back
-                model_kwargs["past_key_values"].activate_past_recording()
-
-    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        """As in Transformers, but a `compile_config` is honoured on every device, the CPU too."""
-        if generation_config.compile_config is not None:
-            generation_config.compile_config._compile_all_devices = True
-        allowed: bool = super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
-        return allowed
-
     def get_compiled_call(self, compile_config: Any) -> Any:
         """What `generate` decodes with where it may: steps in a CUDA graph, or compiled as it was told."""
         return self.decode_loop.bind(self, compile_config)
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
-        """The mask as it is; Transformers would make one between pairs of tokens for a cache that can be compiled."""
-        return attention_mask
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        inputs_embeds: Tensor | None = None,  # Transformers looks for this name here
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """As in Transformers; a decoding step is given no mask, for the token just chosen is real in every row."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids,  # type: ignore[arg-type]
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if not is_first_iteration and kwargs.get("next_sequence_length") == 1:
-            inputs.pop("attention_mask", None)
-        # Transformers makes position ids for every model whose forward takes keywords; there are no positions here.
-        inputs.pop("position_ids", None)
-        return inputs
 
 
 class XLSTMForSequenceClassification(XLSTMPreTrainedModel):

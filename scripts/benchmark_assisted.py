@@ -63,7 +63,7 @@ def write(model: XLSTMForCausalLM, prompts: list[Tensor], new: int, options: dic
     start = time.perf_counter()
     for prompt in prompts:
         columns.append(-prompt.shape[1])  # the first pass reads the prompt too
-        out: Any = model.generate(prompt, **fixed, **options)  # type: ignore[misc]
+        out: Any = model.generate(prompt, **fixed, **options)
         texts += out.tolist()
     seconds = time.perf_counter() - start
     hook.remove()

@@ -52,7 +52,7 @@ def padded(model: XLSTMForCausalLM, requests: list[Request], slots: int) -> Text
         ids = torch.tensor([[0] * (T - len(r.prompt)) + list(r.prompt) for r in batch], device=model.device)
         mask = torch.tensor([[0] * (T - len(r.prompt)) + [1] * len(r.prompt) for r in batch], device=model.device)
         options: Any = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-        out: Any = model.generate(ids, attention_mask=mask, **options)  # type: ignore[misc]
+        out: Any = model.generate(ids, attention_mask=mask, **options)
         texts += [row[T : T + r.max_new_tokens].tolist() for row, r in zip(out, batch, strict=True)]
     return texts
 

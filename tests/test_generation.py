@@ -14,7 +14,7 @@ from tolerances import assert_same
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerFast, TextIteratorStreamer
 
-from modeling_xlstm import XLSTMCache, XLSTMForCausalLM
+from modeling_xlstm import XLSTMCache, XLSTMForCausalLM, modeling_xlstm
 
 every_style = pytest.mark.parametrize("style", STYLES)
 NEW = 7
@@ -112,6 +112,83 @@ def test_a_given_cache_may_come_with_the_new_tokens_only(style: str) -> None:
     model(ids[:, :5], past_key_values=cache)
     out = decode(model, ids[:, 5:], past_key_values=cache, attention_mask=torch.ones(2, 9, dtype=torch.long))
     assert torch.equal(out[:, 4:], greedy(model, ids)[:, 9:])
+
+
+@pytest.mark.parametrize("new", [0, 1, 5, 6])
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 2}], ids=str)
+def test_a_prompt_that_its_cache_leaves_nothing_of_raises(new: int, options: dict[str, Any]) -> None:
+    """The text that was read, once more, or the new tokens under a mask of no more than them: the columns tell."""
+    model, past = tiny_model(XLSTMForCausalLM), tokens(1, 6)
+    ids = tokens(1, new) if new else past
+    with pytest.raises(ValueError, match=rf"has seen 6 columns and .* of {len(ids[0])}\."):
+        decode(model, ids, past_key_values=model(past).past_key_values, **options)
+
+
+def test_a_given_cache_without_use_cache_raises() -> None:
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(1, 4)
+    for cache in (XLSTMCache(model.config), model(ids[:, :2]).past_key_values):
+        with pytest.raises(ValueError, match=r"`past_key_values` must come with `use_cache=True`"):
+            decode(model, ids, past_key_values=cache, use_cache=False)
+
+
+DRAFTS = pytest.mark.parametrize("draft", ["prompt lookup", "early exit", "model"])
+
+
+def drafting(draft: str, style: str) -> dict[str, Any]:
+    """Options of generate() that have tokens drafted."""
+    if draft == "model":
+        return {"assistant_model": tiny_model(XLSTMForCausalLM, style)}
+    return {"prompt_lookup_num_tokens": 3} if draft == "prompt lookup" else {"assistant_early_exit": 1}
+
+
+@every_style
+@DRAFTS
+def test_drafts_from_a_given_cache_give_the_greedy_output(style: str, draft: str) -> None:
+    """Whether the whole text is given or the new tokens only, and whatever padding the cache has seen."""
+    model, ids = tiny_model(XLSTMForCausalLM, style), tokens(1, 9)
+    expected, options = greedy(model, ids), drafting(draft, style)
+    padded, mask = torch.cat([torch.zeros(1, 2, dtype=torch.long), ids], 1), torch.tensor([[0, 0] + [1] * 9])
+    for text, real in ((ids, torch.ones_like(ids)), (padded, mask)):
+        seen = text.shape[1] - 3
+        for given in (text, text[:, seen:]):
+            with torch.no_grad():
+                cache = model(text[:, :seen], attention_mask=real[:, :seen]).past_key_values
+            out = decode(model, given, past_key_values=cache, attention_mask=real, **options)
+            assert torch.equal(out[:, -NEW:], expected[:, -NEW:])
+            assert cache.get_seq_length() == text.shape[1] + NEW - 1
+
+
+@DRAFTS
+def test_a_cache_records_no_longer_when_drafting_has_ended(draft: str) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(1, 5)
+    given = XLSTMCache(model.config)
+    own = decode(model, ids, return_dict_in_generate=True, **drafting(draft, "large")).past_key_values
+    decode(model, ids, past_key_values=given, **drafting(draft, "large"))
+    for cache in (own, given):
+        assert not cache.recording
+        with pytest.raises(ValueError, match=r"from 0 to 0, for the last 0 are recorded"):
+            cache.crop(-1)
+    given = XLSTMCache(model.config)
+    given.activate_past_recording()
+    decode(model, ids, past_key_values=given, **drafting(draft, "large"))
+    assert given.recording
+
+
+def test_embeddings_are_not_read_in_chunks_and_not_drafted_for() -> None:
+    model = tiny_model(XLSTMForCausalLM)
+    embeds = model.get_input_embeddings()(tokens(1, 6)).detach()
+    with pytest.raises(ValueError, match=r"`prefill_chunk_size` cuts `input_ids` only"):
+        decode(model, inputs_embeds=embeds, prefill_chunk_size=3)
+    with pytest.raises(ValueError, match=r"Assisted decoding drafts from ids; got `inputs_embeds`"):
+        decode(model, inputs_embeds=embeds, **drafting("model", "large"))
+
+
+def test_a_tokenizer_for_stop_strings_is_no_unused_keyword(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(modeling_xlstm.logger, "warning_once", told.append)
+    model, tokenizer = tiny_model(XLSTMForCausalLM), byte_tokenizer(61)
+    decode(model, tokens(1, 5), stop_strings=["no such text"], tokenizer=tokenizer)
+    assert not told
 
 
 @every_style
