@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .cache_xlstm import XLSTMCache
 from .states_xlstm import LayerState
+from .tokens_xlstm import lay_out_tokens
 
 # What is trained of a state. Not the normaliser n and the stabiliser m: cells divide by n, and by an exponential of m.
 TUNED = ("C", "c", "h", "conv")
@@ -79,7 +80,19 @@ class StateTuner(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """As the model's forward, from the tuned states; `attention_mask` is of the current tokens only, [B, T]."""
+        """As the model's forward, from the tuned states; `attention_mask` is of the current tokens only, [B, T].
+
+        Raises:
+            ValueError: a document begins inside a row, where the tuned states are not.
+        """
+        packing = {name: kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "position_ids")}
+        size = (input_ids.shape[0], input_ids.shape[1])
+        reset = lay_out_tokens(size, input_ids.device, 0, attention_mask, **packing).reset
+        if reset is not None and reset.any():
+            raise ValueError(
+                "Rows must hold one text each, for only the beginning of a row has the tuned states; got packed ones. "
+                "Give each text a row of its own."
+            )
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **kwargs}
         return self.model(past_key_values=self.cache(input_ids.shape[0]), **inputs)
 

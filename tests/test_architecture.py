@@ -94,7 +94,7 @@ MODULES = {
     "conversion_xlstm": Module(HOME + 1, {CONFIG, "links_xlstm"}, {"torch"}),
     "serving_xlstm": Module(HOME, {"cache_xlstm", "modeling_xlstm"}, {"torch", "transformers"}),
     "training_xlstm": Module(HOME, {"cache_xlstm", CONFIG, TOKENS}, {"torch", "transformers"}),
-    "tuning_xlstm": Module(HOME, {"cache_xlstm", STATES}, {"torch"}),
+    "tuning_xlstm": Module(HOME, {"cache_xlstm", STATES, TOKENS}, {"torch"}),
     "quantization_xlstm": Module(HOME, set(), {"torch", "transformers", "torchao"}),
     "costs_xlstm": Module(HOME, {CONFIG, LINEAR, "layers_xlstm", "modeling_xlstm"}, {"torch"}),
     "gates_xlstm": Module(HOME, {STATES, LEAN}, {"torch"}),

@@ -139,6 +139,20 @@ def test_a_tuned_state_is_saved_as_that_of_a_prompt_which_generate_goes_on_from(
     assert_identical(out, greedy)
 
 
+def test_packed_rows_are_refused_and_whole_ones_described_as_packed_are_not() -> None:
+    tuner, ids = StateTuner(tiny_model(XLSTMForCausalLM), [1]), tokens(1, 6)
+    packed = {
+        "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]]),
+        "cu_seq_lens_q": torch.tensor([0, 3, 6]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]),
+    }
+    for name, value in packed.items():
+        with pytest.raises(ValueError, match="one text each"):
+            tuner(ids, **{name: value})
+    whole = tuner(ids, position_ids=torch.arange(6)[None], seq_idx=torch.zeros(1, 6, dtype=torch.long))
+    assert_identical(whole.logits, tuner(ids).logits)
+
+
 def test_a_prompt_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one token id; got none"):
         StateTuner(tiny_model(XLSTMForCausalLM), [])
