@@ -345,11 +345,13 @@ class XLSTMCache(Cache):
 
     def append_fresh_rows_(self, count: int) -> None:
         """Add rows that have seen no token to a cache that holds some."""
-        self._forget_()
-        for layer in self.layers:
-            state = layer.state
+        joined: list[LayerState | None] = []
+        for state in self.states:
             zeros = _map(state, lambda x: x.new_zeros(count, *x.shape[1:]))
-            layer.store_(state if state is None or zeros is None else _join(state, zeros))
+            joined.append(None if state is None or zeros is None else _join(state, zeros))
+        self._forget_()
+        for layer, state in zip(self.layers, joined, strict=True):
+            layer.store_(state)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the states to a safetensors file, with what model they belong to; what was recorded is left out.

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import operator
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +46,12 @@ class Request:
     stop: Sequence[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
-        numbers = {name: _integer(name, getattr(self, name)) for name in ("max_new_tokens", "top_k", "seed")}
+        numbers: dict[str, Any] = {
+            name: _integer(name, getattr(self, name)) for name in ("max_new_tokens", "top_k", "seed")
+        }
+        numbers |= {name: _number(name, getattr(self, name)) for name in ("temperature", "top_p")}
+        if not isinstance(self.stop, Iterable):
+            raise ValueError(f"`stop` must hold sequences of token ids; got {self.stop!r}. Leave it out for none.")
         stop = tuple(_ids("stop", sequence) for sequence in self.stop)
         for name, value in {"prompt": _ids("prompt", self.prompt), "stop": stop, **numbers}.items():
             object.__setattr__(self, name, value)
@@ -67,6 +73,16 @@ def _integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"`{name}` must be an integer; got {value!r}.") from None
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        known = not math.isnan(value)
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"`{name}` must be a number; got {value!r}.")
+    return float(value)
 
 
 def _ids(name: str, ids: Any) -> tuple[int, ...]:
@@ -103,7 +119,8 @@ class _Running:
         self.generator = torch.Generator(device).manual_seed(request.seed)
         warpers: list[Any] = []
         if request.temperature not in (0.0, 1.0):
-            warpers.append(TemperatureLogitsWarper(float(request.temperature)))
+            # What float32 takes for 0 would divide 0 by 0.
+            warpers.append(TemperatureLogitsWarper(max(request.temperature, torch.finfo(torch.float32).tiny)))
         if request.top_k:
             warpers.append(TopKLogitsWarper(request.top_k))
         if request.top_p < 1:
@@ -118,10 +135,29 @@ class _Running:
         else:
             # None of these warpers looks at the text, so a step costs the same however long it is.
             no_text: Any = logits.new_empty(1, 0, dtype=torch.long)
-            weights = self.warp(no_text, logits[None]).softmax(-1)
-            token = int(torch.multinomial(weights, 1, generator=self.generator))
+            # Below 0 first: a low temperature may then make them -inf, but not inf.
+            weights = self.warp(no_text, logits[None] - logits.max()).softmax(-1)
+            try:
+                token = int(torch.multinomial(weights, 1, generator=self.generator))
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"No token of request {self.number} can be sampled: {error}. Cancel it, and the others go on."
+                ) from error
         self.new.append(token)
         return Token(self.number, token, self._end())
+
+    def mark(self) -> Callable[[], None]:
+        """What takes this request back to where it is now."""
+        unread, count = self.unread, len(self.new)
+        state = self.generator.get_state() if self.request.temperature else None
+
+        def back() -> None:
+            self.unread = unread
+            del self.new[count:]
+            if state is not None:
+                self.generator.set_state(state)
+
+        return back
 
     def _end(self) -> str | None:
         if self.new[-1] in self.end_tokens:
@@ -133,6 +169,8 @@ class _Running:
 
 class XLSTMEngine:
     """A scheduler with slots around a language model; not safe to share between threads.
+
+    A step that fails or is interrupted changes nothing: the next one goes on as if it had not been.
 
     Args:
         model: put into eval mode.
@@ -149,6 +187,7 @@ class XLSTMEngine:
         self.slots, self.prefill_chunk_size = slots, prefill_chunk_size
         self._numbers = itertools.count()
         self._waiting: deque[_Running] = deque()
+        self._untold: deque[Token] = deque()  # made, and not yet given to anyone
         # Row i of a cache belongs to request i of the list beside it.
         self._reading: list[_Running] = []
         self._reading_cache = XLSTMCache(model.config)
@@ -161,24 +200,33 @@ class XLSTMEngine:
         Raises:
             ValueError: the prompt holds an id outside the vocabulary.
         """
+        running = self._start(request)
+        self._waiting.append(running)
+        return running.number
+
+    def _start(self, request: Request) -> _Running:
         size = self.model.config.vocab_size
         if not all(0 <= token < size for token in request.prompt):
             raise ValueError(
                 f"`prompt` must hold ids from 0 to {size - 1}; got {min(request.prompt)} to {max(request.prompt)}."
             )
         ends = self.model.generation_config.eos_token_id
-        end_tokens = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        running = _Running(next(self._numbers), request, end_tokens, self.model.device)
-        self._waiting.append(running)
-        return running.number
+        end_tokens = frozenset([] if ends is None else torch.as_tensor(ends).flatten().tolist())
+        return _Running(next(self._numbers), request, end_tokens, self.model.device)
 
     def cancel(self, number: int) -> bool:
-        """Drop a request wherever it is; False if it is not here, ended or unknown."""
+        """Drop a request wherever it is, and its tokens not yet yielded; False if it is not here, ended or unknown."""
+        is_here = self._drop(number)
+        if is_here:
+            self._untold = deque(token for token in self._untold if token.request != number)
+        return is_here
+
+    def _drop(self, number: int) -> bool:
         for running in self._waiting:
             if running.number == number:
                 self._waiting.remove(running)
                 return True
-        for group, cache in ((self._reading, self._reading_cache), (self._decoding, self._decoding_cache)):
+        for group, cache in self._groups():
             kept = [i for i, running in enumerate(group) if running.number != number]
             if len(kept) < len(group):
                 self._keep(group, cache, kept)
@@ -187,29 +235,70 @@ class XLSTMEngine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request waits or runs."""
-        return bool(self._waiting or self._reading or self._decoding)
+        """Whether any request waits or runs, or has tokens that nobody was given."""
+        return bool(self._waiting or self._reading or self._decoding or self._untold)
 
-    @torch.no_grad()
     def step(self) -> list[Token]:
         """One decoding pass and one reading pass; returns the new tokens, in the order of the requests' numbers."""
-        tokens = self._decode() + self._read()
-        return sorted(tokens, key=lambda token: token.request)
+        self._advance()
+        tokens = list(self._untold)
+        self._untold.clear()
+        return tokens
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Token]:
         """Submit requests and yield every new token of them, and of those submitted earlier, until all have ended."""
-        for request in requests:
-            self.submit(request)
+        self._waiting += [self._start(request) for request in requests]
         while self.busy:
-            yield from self.step()
+            if not self._untold:
+                self._advance()
+            while self._untold:
+                yield self._untold.popleft()
 
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
-        """The new tokens of each request."""
-        first = [self.submit(request) for request in requests]
-        new: dict[int, list[int]] = {number: [] for number in first}
-        for token in self.stream(()):
-            new.setdefault(token.request, []).append(token.id)
-        return [new[number] for number in first]
+        """The new tokens of each request; those of others, submitted earlier, come with the next step."""
+        running = [self._start(request) for request in requests]
+        self._waiting += running
+        new: dict[int, list[int]] = {one.number: [] for one in running}
+        going, others = set(new), list[Token]()
+        try:
+            while going:
+                for token in self.step():
+                    if token.request not in new:
+                        others.append(token)
+                        continue
+                    new[token.request].append(token.id)
+                    if token.end is not None:
+                        going.remove(token.request)
+        finally:
+            self._untold.extendleft(reversed(others))
+            for number in going:
+                self.cancel(number)
+        return [new[one.number] for one in running]
+
+    @torch.no_grad()
+    def _advance(self) -> None:
+        self._untold += self._whole(self._decode)
+        self._admit()
+        self._untold += self._whole(self._read)
+        self._untold = deque(sorted(self._untold, key=lambda token: token.request))
+
+    def _whole(self, run: Callable[[], list[Token]]) -> list[Token]:
+        """The tokens of a pass, or nothing of it done: states are replaced, never written to, and can be put back."""
+        kept = [(group, list(group), cache, cache.states, cache.tokens_seen) for group, cache in self._groups()]
+        marks = [running.mark() for running in (*self._reading, *self._decoding)]
+        try:
+            return run()
+        except BaseException:  # an interrupt, too
+            for group, members, cache, states, seen in kept:
+                group[:], cache.tokens_seen = members, seen
+                for layer, state in zip(cache.layers, states, strict=True):
+                    layer.store_(state)
+            for back in marks:
+                back()
+            raise
+
+    def _groups(self) -> tuple[tuple[list[_Running], XLSTMCache], ...]:
+        return (self._reading, self._reading_cache), (self._decoding, self._decoding_cache)
 
     def _decode(self) -> list[Token]:
         if not self._decoding:
@@ -222,7 +311,6 @@ class XLSTMEngine:
 
     def _read(self) -> list[Token]:
         """Read a piece of every newcomer's prompt; those that are through get their first token and start decoding."""
-        self._admit()
         if not self._reading:
             return []
         pieces = [running.unread[: self.prefill_chunk_size] for running in self._reading]
@@ -247,10 +335,10 @@ class XLSTMEngine:
     def _admit(self) -> None:
         """Give free slots to those who wait."""
         free = self.slots - len(self._reading) - len(self._decoding)
-        newcomers = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-        self._reading += newcomers
-        if newcomers and self._reading_cache.batch_size > 0:
-            self._reading_cache.append_fresh_rows_(len(newcomers))
+        count = min(free, len(self._waiting))
+        if count and self._reading_cache.batch_size > 0:
+            self._reading_cache.append_fresh_rows_(count)
+        self._reading += [self._waiting.popleft() for _ in range(count)]
 
     @staticmethod
     def _keep(group: list[_Running], cache: XLSTMCache, rows: list[int]) -> None:

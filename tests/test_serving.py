@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from inputs import STYLES, tiny_model, tokens
 
 from modeling_xlstm import Request, XLSTMEngine, XLSTMForCausalLM
+from modeling_xlstm.serving_xlstm import _Running
 
 every_style = pytest.mark.parametrize("style", STYLES)
 
@@ -83,9 +84,10 @@ def test_texts_end_at_end_tokens_and_stop_sequences() -> None:
     free = greedy(model, prompt, 8)
     ended = list(XLSTMEngine(model).stream([Request(prompt, 8, stop=[free[2:4]])]))
     assert ([token.id for token in ended], ended[-1].end) == (free[: first_end(free, free[2:4])], "stop")
-    model.generation_config.eos_token_id = [free[3], 60]
-    ended = list(XLSTMEngine(model).stream([Request(prompt, 8)]))
-    assert ([token.id for token in ended], ended[-1].end) == (free[: free.index(free[3]) + 1], "eos")
+    for ends in (free[3], [free[3], 60], (free[3], 60)):
+        model.generation_config.eos_token_id = ends
+        ended = list(XLSTMEngine(model).stream([Request(prompt, 8)]))
+        assert ([token.id for token in ended], ended[-1].end) == (free[: free.index(free[3]) + 1], "eos")
 
 
 def first_end(text: list[int], stop: list[int]) -> int:
@@ -110,6 +112,84 @@ def test_a_cancelled_request_leaves_and_the_others_go_on(steps: int) -> None:
     assert len(got[numbers[1]]) < 6
 
 
+def test_tokens_of_a_cancelled_request_are_not_yielded_any_more() -> None:
+    engine, after = XLSTMEngine(model_without_end()), []
+    cancelled = False
+    for token in engine.stream([Request(p, max_new_tokens=6) for p in prompts(3, 3)]):
+        cancelled = cancelled or engine.cancel(1)  # at request 0's first token, with that of request 1 made beside it
+        after.append(token.request)
+    assert after == [0] * 6
+
+
+def test_generate_leaves_others_their_tokens() -> None:
+    model, (a, b) = model_without_end(), prompts(3, 4)
+    engine = XLSTMEngine(model)
+    number = engine.submit(Request(a, max_new_tokens=5))
+    assert engine.generate([Request(b, max_new_tokens=3)]) == [greedy(model, b, 3)]
+    assert engine.busy
+    assert [(token.request, token.id) for token in engine.stream(())] == [(number, i) for i in greedy(model, a, 5)]
+
+
+def test_a_request_refused_among_others_queues_none_of_them() -> None:
+    engine = XLSTMEngine(model_without_end())
+    for submit_all in (engine.generate, lambda requests: list(engine.stream(requests))):
+        with pytest.raises(ValueError, match="`prompt` must hold ids from 0 to 60; got 99"):
+            submit_all([Request([3]), Request([99])])
+        assert not engine.busy
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324])
+def test_a_temperature_next_to_zero_takes_the_most_likely_tokens(temperature: float) -> None:
+    model, (prompt,) = model_without_end(), prompts(4)
+    assert XLSTMEngine(model).generate([Request(prompt, 6, temperature)]) == [greedy(model, prompt, 6)]
+
+
+@pytest.mark.parametrize("stage", ["choose", "forward"])
+@pytest.mark.parametrize("at", range(1, 9))
+def test_an_interrupted_step_changes_no_text(stage: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = model_without_end(), 0
+    requests = [Request(p, 5, temperature=1.0, seed=i) for i, p in enumerate(prompts(5, 2, 3))]
+    alone = [XLSTMEngine(model).generate([request])[0] for request in requests]
+    owner: Any = _Running if stage == "choose" else model
+    run = getattr(owner, stage)
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        result, calls = run(*args, **kwargs), calls + 1
+        if calls == at:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(owner, stage, interrupted)
+    engine, interrupts = XLSTMEngine(model, slots=2, prefill_chunk_size=2), 0
+    got: dict[int, list[int]] = {engine.submit(request): [] for request in requests}
+    while engine.busy:
+        try:
+            for token in engine.step():
+                got[token.request].append(token.id)
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert (interrupts, list(got.values())) == (1, alone)
+
+
+def test_a_request_that_cannot_be_sampled_is_named_and_the_others_go_on() -> None:
+    model, (a, b) = model_without_end(), prompts(3, 2)
+    alone, engine = greedy(model, a, 4), XLSTMEngine(model)
+
+    def spoil(module: Any, args: Any, logits: torch.Tensor) -> None:
+        logits[1:] = torch.nan
+
+    hook = model.lm_head.register_forward_hook(spoil)
+    engine.submit(Request(a, max_new_tokens=4))
+    spoilt = engine.submit(Request(b, temperature=1.0))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"No token of request {spoilt} can be sampled"):
+            engine.step()
+    assert engine.cancel(spoilt)
+    assert [token.id for token in engine.stream(())] == alone
+    hook.remove()
+
+
 def test_no_more_requests_run_than_there_are_slots() -> None:
     model, sizes = model_without_end(), []
     model.model.register_forward_pre_hook(
@@ -131,6 +211,11 @@ def test_no_more_requests_run_than_there_are_slots() -> None:
         ({"prompt": [1.5, 2]}, "`prompt` must hold token ids, integers; got"),
         ({"prompt": torch.zeros(1, 2).long()}, "`prompt` must hold token ids, integers; got"),
         ({"prompt": [1], "max_new_tokens": 2.5}, "`max_new_tokens` must be an integer; got 2.5"),
+        ({"prompt": [1], "temperature": None}, "`temperature` must be a number; got None"),
+        ({"prompt": [1], "temperature": "0.7"}, "`temperature` must be a number; got '0.7'"),
+        ({"prompt": [1], "temperature": float("nan")}, "`temperature` must be a number; got nan"),
+        ({"prompt": [1], "top_p": None}, "`top_p` must be a number; got None"),
+        ({"prompt": [1], "stop": None}, "`stop` must hold sequences of token ids; got None"),
     ],
 )
 def test_bad_requests_are_named(options: dict[str, Any], message: str) -> None:
