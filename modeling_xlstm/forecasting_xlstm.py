@@ -73,6 +73,9 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
 
     The base model reads one frame per time: the value, whether it was observed, and, with past covariates, these and
     whether they are known. Beyond the past, its own predictions are the values, and covariates are unknown.
+
+    Raises:
+        ValueError: the configuration has no `input_size` or no `prediction_length`.
     """
 
     main_input_name = "past_values"

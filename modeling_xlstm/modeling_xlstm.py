@@ -212,7 +212,11 @@ def warn_unused(kwargs: dict[str, Any]) -> None:
 
 
 class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
-    """xLSTM language model: next-token logits, with a soft cap if the configuration has one."""
+    """xLSTM language model: next-token logits, with a soft cap if the configuration has one.
+
+    Raises:
+        ValueError: the configuration has no vocabulary.
+    """
 
     _loss_function = staticmethod(causal_lm_loss)
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -57,7 +57,7 @@ class XLSTMPreTrainedModel(PreTrainedModel):
             self.main_input_name = "input_features" if self.main_input_name == "input_ids" else self.main_input_name
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in Transformers, for models that read ids."""
+        """As in Transformers, for models that read ids; raises ValueError for others."""
         if not self.config.vocab_size:
             raise ValueError(
                 "`resize_token_embeddings` needs a model with a `vocab_size`; this one reads frames alone."

@@ -108,6 +108,9 @@ class RecurrentCell(nn.Module):
         Returns:
             outputs: [B, T, D]; zero after the real tokens.
             state: the state after each row's last real token.
+
+        Raises:
+            ValueError: shapes disagree, `lengths` are not from 0 to T, or the state is another cell's.
         """
         bind_shapes(inputs=(inputs, f"B T {self.input_size}"))
         fields = self.state_class._fields

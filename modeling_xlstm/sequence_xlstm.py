@@ -46,7 +46,11 @@ class XLSTMEncoder(nn.Module):
         self.window_size = window_size
 
     def forward(self, frames: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Encode windows of at most `window_size` frames; `attention_mask` [B, T] is 0 at padding, anywhere."""
+        """Encode windows of at most `window_size` frames; `attention_mask` [B, T] is 0 at padding, anywhere.
+
+        Raises:
+            ValueError: there are more frames.
+        """
         if self.window_size is not None and frames.shape[1] > self.window_size:
             raise ValueError(
                 f"`frames` may hold {self.window_size} frames, the `window_size`; got {frames.shape[1]}. Pass the last "

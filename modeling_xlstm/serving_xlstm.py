@@ -35,6 +35,9 @@ class Request:
         top_p: sample from the most likely tokens that together have this probability.
         seed: of this request's own generator.
         stop: token sequences that end the text; they are part of it. The model's end tokens always end it.
+
+    Raises:
+        ValueError: a field has the wrong type or is out of its range.
     """
 
     prompt: Sequence[int]
@@ -176,6 +179,9 @@ class XLSTMEngine:
         model: put into eval mode.
         slots: requests that run at once; more wait.
         prefill_chunk_size: prompt tokens read per newcomer and step, so that long prompts do not hold up the others.
+
+    Raises:
+        ValueError: `slots` or `prefill_chunk_size` is below 1.
     """
 
     def __init__(self, model: XLSTMForCausalLM, slots: int = 8, prefill_chunk_size: int = 256):

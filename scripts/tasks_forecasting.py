@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tasks import Recipe, Report, arguments, count_parameters, train
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from modeling_xlstm import XLSTMConfig, XLSTMForForecasting
 
@@ -38,10 +39,10 @@ class LSTMCore(nn.Module):
 
     def forward(self, input_features: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
         hidden, state = self.lstm(input_features, getattr(past_key_values, "state", None))
-        cache = past_key_values or SimpleNamespace()  # a cache that the head made is taken for its place only
+        cache: Any = past_key_values or SimpleNamespace()  # a cache that the head made is taken for its place only
         cache.state = state
         cache.batch_repeat_interleave = lambda repeats: _repeat(cache, repeats)
-        return SimpleNamespace(last_hidden_state=hidden, past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
 
 def _repeat(cache: Any, repeats: int) -> None:
