@@ -138,7 +138,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(script: Module
         assert logged(tmp_path / "run", name) == logged(whole, name)
 
 
-@pytest.mark.parametrize("words", [[], ["--carry_state"], ["--max_steps", "-1", "--num_train_epochs", "0.3"]], ids=str)
+@pytest.mark.parametrize("words", [["--carry_state"], ["--max_steps", "-1", "--num_train_epochs", "0.3"]], ids=str)
 def test_a_run_stopped_while_it_is_judged_and_one_that_has_ended_are_trained_no_further(
     words: list[str], script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
