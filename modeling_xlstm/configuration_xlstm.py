@@ -66,11 +66,12 @@ TRANSFORMERS_KEYS = frozenset(
     {
         "architectures", "attn_implementation", "auto_map", "custom_pipelines", "experts_implementation",
         "finetuning_task", "is_decoder", "model_type", "name_or_path", "num_labels", "output_attentions",
-        "per_layer_config", "quantization_config",
-        "sep_token_id", "decoder_start_token_id", "task_specific_params", "tokenizer_class",
-        "torch_dtype", "torchscript", "transformers_version", "transformers_weights",
+        "per_layer_config", "quantization_config", "sep_token_id", "decoder_start_token_id", "task_specific_params",
+        "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "transformers_weights",
     }
 )  # fmt: skip
+
+BASE_FIELDS = frozenset(field.name for field in dataclasses.fields(PreTrainedConfig))
 
 
 def _round_width(width: float, multiple: int, rule: str) -> int:
@@ -239,11 +240,10 @@ class XLSTMConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         kwargs = self._with_field_names(kwargs)
-        base = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-        own = [field for field in dataclasses.fields(type(self)) if field.name not in base]
-        self._refuse_unknown(kwargs, known={field.name for field in own} | base)
+        own = [x.name for x in dataclasses.fields(self) if x.name not in BASE_FIELDS]
+        self._refuse_unknown(kwargs, known={*BASE_FIELDS, *own})
+        values = {name: getattr(type(self), name, None) for name in own}
         style = kwargs.get("block_style", type(self).block_style)
-        values = {field.name: getattr(type(self), field.name, None) for field in own}
         values.update(STYLE_DEFAULTS.get(style, {}) if isinstance(style, str) else {})
         if kwargs.get("input_size") is not None:
             values["vocab_size"] = 0  # no embedding unless it is asked for
@@ -265,10 +265,10 @@ class XLSTMConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in Transformers, but fields among the keywords, and their shorthands, are read as by the constructor."""
-        base = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-        known = {field.name for field in dataclasses.fields(cls)} - base | {"slstm_at", "variant", *cls.attribute_map}
+        shorthands = {"slstm_at", "variant"}
+        known = {x.name for x in dataclasses.fields(cls)} - BASE_FIELDS | shorthands | cls.attribute_map.keys()
         given = cls._with_field_names({name: kwargs.pop(name) for name in known & kwargs.keys()})
-        left_out = {"slstm_at", "variant", "block_types"} if {"slstm_at", "variant"} & given.keys() else set()
+        left_out = shorthands | {"block_types"} if shorthands & given.keys() else set()
         stored = cls._with_field_names({name: x for name, x in config_dict.items() if name not in left_out})
         return super().from_dict({**stored, **given}, **kwargs)
 

@@ -48,8 +48,7 @@ from typing import Any, TextIO
 
 import torch
 import transformers
-from flags import WrongInput, number
-from huggingface_hub.errors import StrictDataclassError
+from flags import NO_CONFIG, WrongInput, number
 from safetensors import SafetensorError
 from torch._dynamo.exc import BackendCompilerFailed
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -279,7 +278,7 @@ def load_checkpoint(folder: Path, options: dict[str, Any]) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError, TypeError, SafetensorError, StrictDataclassError) as error:
+    except (OSError, SafetensorError, *NO_CONFIG) as error:
         raise WrongInput(f"{folder} must hold a language model and its tokenizer: {error}") from error
     model, report = loaded
     if model.config.model_type != XLSTMConfig.model_type:
