@@ -141,6 +141,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
         for i, (layer, before) in enumerate(zip(layers, befores, strict=True)):
             if hidden is not None:
                 hidden.append(layout.unpack(x))
+                x = layout.pack(hidden[-1])  # what is returned lies on the way of the gradients
             y, state = layer(x, Call(before, layout.lengths, layout.reset, recording, donated))
             if self.config.debug:
                 check_finite(f"layers.{i}", layer, x, y, before, state)

@@ -271,6 +271,19 @@ def test_hidden_states_are_the_embeddings_and_every_block_the_last_one_normalise
 
 
 @every_style
+def test_gradients_reach_the_hidden_states_that_are_returned_around_padding(style: str) -> None:
+    model, mask = tiny_model(XLSTMModel, style), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 1]])
+    embeds = model.get_input_embeddings()(tokens(2, 5)).detach().requires_grad_()
+    out = model(inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True)
+    for x in out.hidden_states:
+        x.retain_grad()
+    (out.last_hidden_state * mask[..., None]).sin().sum().backward()
+    assert_identical(out.hidden_states[0].grad, embeds.grad)
+    for x in out.hidden_states:
+        assert_identical(x.grad.any(-1), mask.bool())
+
+
+@every_style
 def test_return_dict_false_gives_the_same_tensors_as_a_tuple(style: str) -> None:
     model, ids = tiny_model(XLSTMForCausalLM, style), tokens(2, 5)
     named, plain = model(ids, labels=ids), model(ids, labels=ids, return_dict=False)
