@@ -124,12 +124,24 @@ class XLSTMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, whose releases before 5.23 would cut an sLSTM's gates as they cut an mLSTM's."""
-        is_cut = distributed_config is not None and distributed_config.tp_size > 1
-        if is_cut and not hasattr(PreTrainedModel, "_resolve_parallel_plans"):
+        """As in Transformers, but what it would compute wrongly is refused.
+
+        Raises:
+            ImportError: tensor parallelism by a Transformers before 5.23, which cuts an sLSTM's gates as an mLSTM's.
+            ValueError: a tied embedding that does not divide over the processes of `fsdp_size`. The last of them would
+                have two padded copies of its part, of which one is trained and the other multiplied by.
+        """
+        tp_size, fsdp_size = (getattr(distributed_config, name, None) or 1 for name in ("tp_size", "fsdp_size"))
+        if tp_size > 1 and not hasattr(PreTrainedModel, "_resolve_parallel_plans"):
             raise ImportError(
                 f"Tensor parallelism needs transformers 5.23 or newer; this is {transformers.__version__}. Update it, "
                 "or use the processes for data (`fsdp_size`)."
+            )
+        if model.all_tied_weights_keys and model.config.vocab_size % fsdp_size:
+            raise ValueError(
+                f"`fsdp_size` must divide `vocab_size` where embeddings are tied; got {fsdp_size} and "
+                f"{model.config.vocab_size}. Save the model after `resize_token_embeddings(pad_to_multiple_of="
+                f"{fsdp_size})`, or cut it with Accelerate's FSDP2."
             )
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 

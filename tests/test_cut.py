@@ -16,7 +16,7 @@ from transformers.distributed.mixin import DistributedMixin
 
 from modeling_xlstm import XLSTMForCausalLM
 
-BIASES = dict.fromkeys(("use_bias", "norm_bias", "ffn_bias", "tie_word_embeddings"), True)
+BIASES = dict.fromkeys(("use_bias", "norm_bias", "ffn_bias", "tie_word_embeddings"), True) | {"vocab_size": 62}
 MODELS: dict[str, dict[str, Any]] = {
     "large": {"variant": "mlstm"},
     "large_biases_tied": {"variant": "mixed", **BIASES},
@@ -71,6 +71,23 @@ def test_every_rule_of_the_plan_names_a_part_of_the_model(fields: dict[str, Any]
     for rule in plan:
         before, _, after = rule.partition(".*.")
         assert any(name == rule or (name.startswith(before) and name.endswith(f".{after}")) for name in names), rule
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tied", "is_refused"), [(61, True, True), (62, True, False), (61, False, False)]
+)
+def test_a_tied_embedding_that_does_not_divide_over_the_processes_is_refused(
+    vocab_size: int, tied: bool, is_refused: bool
+) -> None:
+    model = tiny_model(XLSTMForCausalLM, vocab_size=vocab_size, tie_word_embeddings=tied)
+    layout = SimpleNamespace(tp_size=1, fsdp_size=2)
+    if is_refused:
+        with pytest.raises(
+            ValueError, match=r"`fsdp_size` must divide `vocab_size`.* got 2 and 61.*pad_to_multiple_of=2"
+        ):
+            model.maybe_distribute_model(model, layout, None)
+        model.resize_token_embeddings(pad_to_multiple_of=2)
+    assert model.maybe_distribute_model(model, layout, None) is model
 
 
 def test_heads_that_do_not_divide_over_the_processes_are_refused() -> None:
