@@ -338,7 +338,7 @@ class XLSTMCache(Cache):
         if not rows:
             return
         for layer, source in zip(self.layers, other.layers, strict=True):
-            index = torch.tensor(rows)
+            index = torch.tensor(rows, device="cpu")
             new = _map(source.state, lambda x, index=index: x.index_select(0, index.to(x.device)))  # type: ignore[misc]
             layer.store_(new if layer.state is None or new is None else _join(layer.state, new))
         self.tokens_seen = max(self.tokens_seen, other.tokens_seen)

@@ -308,7 +308,10 @@ class XLSTMGenerationMixin(Generation):  # type: ignore[misc]
     def _assisted_decoding(
         self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
     ) -> Any:
-        """As in Transformers, which reads a given cache's tokens twice, and leaves the cache recording at the end."""
+        """As in Transformers, which reads a given cache's tokens twice, and leaves the cache recording at the end.
+
+        Interrupted while the first blocks draft, it leaves the model with these alone (`assistant_early_exit`).
+        """
         rest = (input_ids, logits_processor, stopping_criteria, generation_config)
         cache: Any = kwargs.get("past_key_values")
         inputs_embeds = kwargs.get("inputs_embeds")
@@ -323,13 +326,20 @@ class XLSTMGenerationMixin(Generation):  # type: ignore[misc]
         if mask is not None and not held and inputs_embeds is None:
             # Transformers cuts and extends a mask from its first column, as if that were the first of the ids.
             kwargs["attention_mask"] = mask[:, -input_ids.shape[1] :]
-        cache.held_of_prompt = held
+        cache.held_of_prompt, blocks = held, self.config.num_hidden_layers
         try:
             return super()._assisted_decoding(*rest, **kwargs)
         finally:
-            cache.held_of_prompt = 0
+            cache.held_of_prompt, self.config.num_hidden_layers = 0, blocks
             if not recording:
                 cache.stop_recording_()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what deals out pages of keys and values (`generate_batch`, `cache_implementation="paged"`)."""
+        raise ValueError(
+            "Continuous batching in Transformers needs pages of keys and values; an xLSTM has states instead. Use "
+            "`XLSTMEngine(model).generate([Request(prompt=ids), ...])` of modeling_xlstm."
+        )
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         """As in Transformers, but a `compile_config` is honoured on every device, the CPU too."""

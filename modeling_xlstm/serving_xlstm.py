@@ -67,6 +67,8 @@ class Request:
                 "`temperature` and `top_k` must not be negative and `top_p` must be in (0, 1]; got "
                 f"{self.temperature}, {self.top_k} and {self.top_p}."
             )
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"`seed` must be in [-2^63, 2^64), which torch's generators take; got {self.seed}.")
         if any(not sequence for sequence in self.stop):
             raise ValueError("`stop` must hold sequences of at least one token id; got an empty one.")
 
@@ -283,6 +285,11 @@ class XLSTMEngine:
 
     @torch.no_grad()
     def _advance(self) -> None:
+        if self.model.training:
+            raise ValueError(
+                "The model must be in evaluation mode, or dropout would have its part in the texts; got training mode. "
+                "Call `model.eval()` before a step, and `model.train()` after it."
+            )
         self._untold += self._whole(self._decode)
         self._admit()
         self._untold += self._whole(self._read)
@@ -352,6 +359,6 @@ class XLSTMEngine:
             return
         group[:] = [group[i] for i in rows]
         if rows:
-            cache.batch_select_indices(torch.tensor(rows))
+            cache.batch_select_indices(torch.tensor(rows, device="cpu"))
         else:
             cache.reset()

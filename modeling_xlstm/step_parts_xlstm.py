@@ -91,7 +91,7 @@ class Room:
     def take(self, name: str, *shape: int) -> Buffer:
         """The buffer of this name and shape."""
         if (name, shape) not in self._buffers:
-            wide = torch.zeros(shape, dtype=self.wide)
+            wide = torch.zeros(shape, dtype=self.wide, device="cpu")
             self._buffers[name, shape] = Buffer(wide, wide.to(self.dtype))
         return self._buffers[name, shape]
 
@@ -318,7 +318,7 @@ def _mlstm_cell(cell: MLSTMHeads, qkv: Sequence[Buffer], gates: Buffer, room: Ro
         np.absolute(product, product)
         np.maximum(product, floor, out=product)
         np.add(product, eps, product)
-        C = torch.empty(B, H, K, V, dtype=h_rows.dtype)
+        C = torch.empty(B, H, K, V, dtype=h_rows.dtype, device="cpu")
         torch.mul(state.C, f_block, out=C).addcmul_(kw_block, v_block)
         torch.bmm(q_block.reshape(B * H, 1, K), C.view(B * H, K, V), out=h_rows)
         np.divide(out, normaliser, out)

@@ -22,10 +22,14 @@ def lora_targets(model: nn.Module) -> list[str]:
 
     All projections, feed-forward parts included. Not the input and forget gates of the mLSTM, which have one output per
     head, nor maps that are block-diagonal, as are the sLSTM's gates and the neurips style's q, k and v: they are no
-    `nn.Linear`, and small already. Their plain names would not do: the two kinds share them.
+    `nn.Linear`, and small already. Their plain names would not do: the two kinds share them. A map that has an adapter
+    already is named as it was without.
     """
-    gates = ("igate", "fgate")
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    gates, modules = ("igate", "fgate"), dict(model.named_modules())
+    adapted = tuple(f"{name}." for name, module in modules.items() if hasattr(module, "base_layer"))
+    maps = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    own = [name for name in maps if name.endswith(".base_layer") or not name.startswith(adapted)]
+    names = [name.removesuffix(".base_layer") for name in own]
     return [name for name in names if ".layers." in f".{name}" and not name.endswith(gates)]
 
 

@@ -252,6 +252,16 @@ def test_a_cache_implementation_by_name_raises() -> None:
         decode(tiny_model(XLSTMForCausalLM), tokens(1, 4), cache_implementation="static")
 
 
+def test_continuous_batching_by_pages_of_keys_and_values_names_our_own() -> None:
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(1, 4)
+    before = model.config.to_dict()
+    with pytest.raises(ValueError, match=r"Use `XLSTMEngine\(model\)\.generate"):
+        model.generate_batch(ids.tolist(), progress_bar=False)
+    with pytest.raises(ValueError, match=r"Use `XLSTMEngine\(model\)\.generate"):
+        decode(model, ids, cache_implementation="paged")
+    assert model.config.to_dict() == before
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_half_precision_decoding_keeps_float32_states(dtype: torch.dtype) -> None:
     model = tiny_model(XLSTMForCausalLM).to(dtype)
@@ -285,7 +295,22 @@ def test_drafting_with_its_own_first_blocks_gives_the_greedy_output(style: str, 
     model, ids = tiny_model(XLSTMForCausalLM, style), tokens(1, 5)
     out = decode(model, ids, assistant_early_exit=layers, max_new_tokens=20, min_new_tokens=20)
     assert torch.equal(out, greedy(model, ids, 20))
-    assert model.config.num_hidden_layers == 3
+
+
+def test_a_model_interrupted_while_its_first_blocks_draft_is_whole_again() -> None:
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(1, 5)
+    expected = greedy(model, ids)
+
+    def interrupt(*_: Any) -> None:
+        drafting.append(model.config.num_hidden_layers == 1)
+        if drafting[-1]:
+            raise KeyboardInterrupt
+
+    drafting: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        decode(model, ids, assistant_early_exit=1, logits_processor=[interrupt])
+    assert drafting[-1]
+    assert torch.equal(greedy(model, ids), expected)
 
 
 def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

@@ -215,6 +215,7 @@ def test_no_more_requests_run_than_there_are_slots() -> None:
         ({"prompt": [1], "temperature": "0.7"}, "`temperature` must be a number; got '0.7'"),
         ({"prompt": [1], "temperature": float("nan")}, "`temperature` must be a number; got nan"),
         ({"prompt": [1], "top_p": None}, "`top_p` must be a number; got None"),
+        ({"prompt": [1], "seed": 2**64}, "`seed` must be in .*; got 18446744073709551616"),
         ({"prompt": [1], "stop": None}, "`stop` must hold sequences of token ids; got None"),
     ],
 )
@@ -228,6 +229,30 @@ def test_ids_may_be_arrays_and_tensors() -> None:
     wanted = Request(ids, stop=[ids[:2]])
     assert Request(torch.tensor(ids), stop=[torch.tensor(ids[:2])]) == wanted  # type: ignore[arg-type]
     assert Request(np.array(ids), stop=[np.array(ids[:2])]) == wanted  # type: ignore[arg-type]
+
+
+def test_a_step_in_training_mode_raises_and_changes_no_text() -> None:
+    model, prompt = tiny_model(XLSTMForCausalLM, dropout=0.5), prompts(4)[0]
+    engine, request = XLSTMEngine(model), Request(prompt, max_new_tokens=5)
+    expected = engine.generate([request])
+    number = engine.submit(request)
+    tokens_made = engine.step()
+    model.train()
+    with pytest.raises(ValueError, match=r"in evaluation mode.* got training mode"):
+        engine.step()
+    model.eval()
+    tokens_made += engine.stream([])
+    assert [[token.id for token in tokens_made if token.request == number]] == expected
+
+
+def test_a_default_device_that_is_not_the_model_s_changes_nothing() -> None:
+    model = model_without_end()
+    requests = [
+        Request(prompt, max_new_tokens=count) for prompt, count in zip(prompts(3, 5, 2), (6, 2, 4), strict=True)
+    ]
+    expected = XLSTMEngine(model, slots=2).generate(requests)
+    with torch.device("meta"):
+        assert XLSTMEngine(model, slots=2).generate(requests) == expected
 
 
 def test_ids_outside_the_vocabulary_and_no_slots_raise() -> None:

@@ -191,6 +191,16 @@ def test_a_model_that_moves_or_is_copied_keeps_no_plan() -> None:
     assert not model.to(torch.float64).model.stepper.watched
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_a_default_device_that_is_not_the_model_s_changes_nothing(style: str, steps: list[Tensor]) -> None:
+    model, ids = tiny_model(XLSTMForCausalLM, style), tokens(1, 6)
+    expected = decode(model, ids)
+    with torch.no_grad(), torch.device("meta"):
+        actual = decode(model, ids)
+    assert len(steps) == 2
+    assert_same(actual, expected)
+
+
 def test_fewer_layers_while_drafting_are_stepped(steps: list[Tensor]) -> None:
     model, ids = tiny_model(XLSTMForCausalLM, "large", "mlstm"), tokens(1, 6)
     with torch.no_grad():

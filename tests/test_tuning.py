@@ -44,6 +44,15 @@ def test_every_adapter_changes_the_logits_and_has_a_gradient(style: str) -> None
 
 
 @pytest.mark.parametrize("style", STYLES)
+def test_a_second_adapter_has_the_targets_of_the_first(style: str) -> None:
+    plain, lora = adapted(style)
+    assert lora_targets(lora.get_base_model()) == lora_targets(plain)
+    lora.add_adapter("second", LoraConfig(r=2, target_modules=lora_targets(lora.get_base_model())))
+    count = sum("second" in name for name, _ in lora.named_parameters())
+    assert count == 2 * len(lora_targets(plain))
+
+
+@pytest.mark.parametrize("style", STYLES)
 def test_merged_adapters_give_the_same_logits_and_the_merged_model_loads_anywhere(style: str, tmp_path: Path) -> None:
     _, lora = adapted(style)
     ids = tokens(2, 9)
