@@ -97,6 +97,16 @@ def _stabilisers(
     return torch.stack(before, -1), m
 
 
+@torch.no_grad()
+def _least(log_i: Tensor, log_f: Tensor, m: Tensor) -> Tensor:
+    """Log forget gates [B, 1, H] that leave nothing of any state that wide log gates [B, T, H] can make.
+
+    Lower ones would only take digits from sums over a chunk, all of them at -inf.
+    """
+    highest = torch.maximum(log_i.amax(1), m) + log_f.clamp(min=0).sum(1)
+    return -(1e5 + highest.clamp(min=0)).nan_to_num(nan=0.0)[:, None]
+
+
 def _whole_chunks(x: Tensor, missing: int, fill: float = 0.0) -> Tensor:
     """[B, T, ...] -> [B, T + missing, ...]."""
     return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing), value=fill) if missing else x
@@ -155,7 +165,8 @@ def mlstm_chunkwise_torch(
     dtype = compute_dtype(v, state)
     i_tilde, f_tilde = (_widened(x.to(dtype)) for x in (i_tilde, f_tilde))
     C, n, m = (None, None, i_tilde.new_zeros(B, H)) if state is None else (x.to(dtype) for x in state)
-    gates, m, sigmoid_gate = log_gates(i_tilde, f_tilde, input_gate), _widened(m), input_gate == "sigmoid"
+    (log_i, log_f), m, sigmoid_gate = log_gates(i_tilde, f_tilde, input_gate), _widened(m), input_gate == "sigmoid"
+    gates = log_i, log_f.clamp(min=_least(log_i, log_f, m))
     block = chunk_size
     # Of wide heads the states between short chunks would take more memory and time than the scores in longer ones.
     while 16 * block**2 < K * V:

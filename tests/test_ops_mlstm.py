@@ -224,6 +224,33 @@ def test_extreme_gates_stay_finite_and_right_in_float32(
     assert all(g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.parametrize(
+    ("input_gate", "packed"), [("exp", False), ("exp", True), ("sigmoid", True), ("exp_both", False)]
+)
+@pytest.mark.parametrize("f_tilde", [-1e6, -1e9, torch.finfo(torch.float32).min, -math.inf])
+def test_a_forget_gate_closed_however_far_takes_no_digits_from_others(
+    input_gate: str, packed: bool, f_tilde: float
+) -> None:
+    xs = mlstm_inputs(37, gate_std=1.0)
+    xs[4].data[0, ::3], xs[4].data[1, 20] = f_tilde, f_tilde
+    narrow = [x.detach().float().requires_grad_() for x in xs]
+    wide = [x.detach().double().requires_grad_() for x in narrow]
+    options: dict[str, Any] = {"input_gate": input_gate, "eps": 1e-6}
+    options["reset"] = torch.arange(37).eq(30).expand(2, -1) if packed else None
+    h, state, gradients = run(mlstm, narrow, None, **options)
+    actual = h.double(), MLSTMState(*(x.double() for x in state)), [g.double() for g in gradients]
+    assert_same(actual, run(mlstm_recurrent, wide, None, **options), FLOAT32)
+
+
+def test_what_an_open_input_gate_wrote_is_forgotten_by_no_less_than_its_own_size() -> None:
+    xs = mlstm_inputs(6)
+    xs[3].data[:, 1], xs[4].data[:, 3] = 3e5, -2e5
+    options: dict[str, Any] = {"input_gate": "exp", "eps": 1e-6}
+    actual, expected = (run(worker, xs, None, **options) for worker in (mlstm, mlstm_recurrent))
+    assert (expected[1].m > 9e4).all()
+    assert_same(actual, expected, FLOAT32)  # of 3e5 even float64 keeps no more than 1e-10
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize(
     ("i_tilde", "log_f", "k_scale", "of_q"),
