@@ -216,10 +216,20 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Transformers' `ForCausalLMLoss`, but logits wider than float32 stay as wide; no other tensor as large is kept."""
+    """Transformers' `ForCausalLMLoss`, but logits wider than float32 stay as wide; no other tensor as large is kept.
+
+    Raises:
+        ValueError: labels are no integers, or not as many as there are rows of logits.
+    """
     if shift_labels is None:
         shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    targets = shift_labels.reshape(-1).to(logits.device)
+    if shift_labels.numel() != logits.shape[:-1].numel() or shift_labels.is_floating_point():
+        got = f"{list(shift_labels.shape)} of {shift_labels.dtype}"
+        raise ValueError(
+            f"Labels must be {list(logits.shape[:-1])} integers, one for each row of logits; got {got}. With labels, "
+            "leave `logits_to_keep` out."
+        )
+    targets = shift_labels.reshape(-1).to(logits.device, torch.int64)
     total = cross_entropy(logits.view(-1, vocab_size), targets, ignore_index)
     if num_items_in_batch is None:
         return total / (targets != ignore_index).sum()

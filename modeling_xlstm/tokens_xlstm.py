@@ -104,7 +104,12 @@ def next_real_tokens(
         seq_idx: number of each token's document, [B, T].
         cu_seq_lens_q: first token of each document of a single row, then T, [documents + 1].
         position_ids: position of each token in its document, [B, T] or [1, T].
+
+    Raises:
+        ValueError: labels have not two dimensions, or what else is given does not fit them.
     """
+    if labels.dim() != 2:
+        raise ValueError(f"`labels` must be [B, T]; got shape {tuple(labels.shape)}.")
     B, T = labels.shape
     mask = None if attention_mask is None else attention_mask[:, -T:]
     layout = lay_out_tokens((B, T), labels.device, 0, mask, seq_idx, cu_seq_lens_q, position_ids)

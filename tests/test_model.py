@@ -362,6 +362,26 @@ class Logits(torch.nn.Module):
         return self.model(ids, use_cache=False).logits
 
 
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (tokens(2, 5), {}, r"Labels must be \[2, 9\] integers.* got \[2, 5\] of torch\.int64"),
+        (tokens(2, 9).float(), {}, r"Labels must be \[2, 9\] integers.* got \[2, 9\] of torch\.float32"),
+        (tokens(2, 9), {"logits_to_keep": 3}, r"Labels must be \[2, 3\] integers.* leave `logits_to_keep` out"),
+        (tokens(1, 9)[0], {}, r"`labels` must be \[B, T\]; got shape \(9,\)"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named(labels: Tensor, options: dict[str, Any], message: str) -> None:
+    model = tiny_model(XLSTMForCausalLM)
+    with pytest.raises(ValueError, match=message):
+        model(tokens(2, 9), labels=labels, **options)
+
+
+def test_labels_may_be_narrow_integers_as_ids_may() -> None:
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(2, 9)
+    assert_identical(model(ids.int(), labels=ids.int()).loss, model(ids, labels=ids).loss)
+
+
 @every_style
 def test_an_exported_model_computes_what_the_model_does(style: str) -> None:
     """Whatever its gates are: which way they let the mLSTM take is not known when it is exported."""
