@@ -207,8 +207,9 @@ def self_check(compare: Callable[[torch.device, torch.dtype], str], device: torc
     if key not in _VERDICTS:
         if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
             return ""
-        # A check takes gradients whatever the caller does without.
-        with torch.inference_mode(False), without_autocast(device):
+        # A check takes gradients whatever the caller does without; a checkpoint would count what it saves for them.
+        apart = torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x)
+        with torch.inference_mode(False), without_autocast(device), apart:
             _VERDICTS[key] = compare(device, dtype)
     return _VERDICTS[key]
 

@@ -169,8 +169,8 @@ def _compare(device: torch.device, dtype: torch.dtype) -> str:
     """How the kernels disagree with the reference, for a sequence and for one token; empty if they agree."""
     random = torch.Generator().manual_seed(0)
     B, T, H, K, V = 1, 75, 2, 64, 64
-    tokens = [torch.randn(B, T, H, size, generator=random) for size in (K, K, V, 1, 1)]
-    state = [torch.randn(B, H, *size, generator=random) for size in ((K, V), (K,), ())]
+    tokens = [torch.randn(B, T, H, size, generator=random, device="cpu") for size in (K, K, V, 1, 1)]
+    state = [torch.randn(B, H, *size, generator=random, device="cpu") for size in ((K, V), (K,), ())]
 
     def run(worker: str, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         gates = i.squeeze(-1), f.squeeze(-1) + 2.0

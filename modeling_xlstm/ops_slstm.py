@@ -146,9 +146,9 @@ def _disagreement(
 
     kernels = "cooperative Triton kernels of the sLSTM" if together else "Triton kernels of the sLSTM"
     for T, P, differentiate in shapes:
-        x = torch.randn(2, T, 4, 1, P, generator=random)
-        R = torch.randn(4, 1, P, P, generator=random) * P**-0.5
-        c, n, m, h = torch.randn(4, 2, 1, P, generator=random)
+        x = torch.randn(2, T, 4, 1, P, generator=random, device="cpu")
+        R = torch.randn(4, 1, P, P, generator=random, device="cpu") * P**-0.5
+        c, n, m, h = torch.randn(4, 2, 1, P, generator=random, device="cpu")
         inputs = [y.to(dtype) for y in (x, R, c, 1 + n.abs(), m, h)]
         if what := disagreement(run, inputs, device, differentiate, kernels):
             return what

@@ -184,8 +184,9 @@ def test_auto_never_takes_the_interpreter() -> None:
     assert_identical(mlstm(*xs), mlstm(*xs, backend="torch"))
 
 
-def test_the_self_check_passes(kernel_device: torch.device) -> None:
-    assert _compare(kernel_device, torch.float32) == ""
+def test_the_self_check_passes_whatever_the_default_device(kernel_device: torch.device) -> None:
+    with torch.device("meta"):
+        assert _compare(kernel_device, torch.float32) == ""
 
 
 def test_the_self_check_finds_a_backward_pass_that_is_wrong_where_the_forward_pass_is_right() -> None:
@@ -213,3 +214,22 @@ def test_what_the_self_check_found_holds_while_a_graph_is_captured(monkeypatch: 
             results.append(self_check(compare, torch.device("cuda"), torch.float32))
     assert results == ["", "wrong", "wrong"]
     assert calls == [False]
+
+
+def test_a_self_check_inside_a_checkpointed_block_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    gradients = []
+
+    def compare_once(device: torch.device, dtype: torch.dtype) -> str:
+        x = torch.ones(2, requires_grad=True)
+        gradients.append(torch.autograd.grad(x.exp().square().sum(), x)[0])
+        return ""
+
+    def block(x: Tensor) -> Tensor:
+        self_check(compare_once, torch.device("cuda"), torch.float32)
+        return x.sin()
+
+    x = torch.ones(3, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert_same(x.grad, x.cos())
+    assert_same(gradients, [2 * torch.full((2,), 2.0).exp()])
