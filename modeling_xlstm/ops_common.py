@@ -102,6 +102,12 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
 
 
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """A GPU made the current one: there Triton launches, wherever the tensors are. A compiled model does so itself."""
+    on = device.type == "cuda" and not torch.compiler.is_compiling()
+    return torch.cuda.device(device) if on else contextlib.nullcontext()
+
+
 def has_numpy_2() -> bool:
     """Whether NumPy is 2.0 or later: numbers of Python leave the dtype of arrays alone there, and `vecdot` is known."""
     return hasattr(np, "vecdot")
@@ -209,7 +215,7 @@ def self_check(compare: Callable[[torch.device, torch.dtype], str], device: torc
             return ""
         # A check takes gradients whatever the caller does without; a checkpoint would count what it saves for them.
         apart = torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x)
-        with torch.inference_mode(False), without_autocast(device), apart:
+        with torch.inference_mode(False), without_autocast(device), on_device(device), apart:
             _VERDICTS[key] = compare(device, dtype)
     return _VERDICTS[key]
 

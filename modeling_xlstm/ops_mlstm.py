@@ -14,6 +14,7 @@ from .ops_common import (
     choose_backend,
     disagreement,
     mark_tokens,
+    on_device,
     self_check,
     without_autocast,
 )
@@ -90,7 +91,7 @@ def mlstm(
         i_tilde = i_tilde.masked_fill(padded[..., None], -torch.inf)
         f_tilde = f_tilde.masked_fill(padded[..., None], 0.0 if input_gate == "exp_both" else torch.inf)
     options: dict[str, Any] = {"reset": reset, "eps": eps, "input_gate": input_gate}
-    with without_autocast(q.device):
+    with without_autocast(q.device), on_device(q.device):
         if size["T"] == 1 and chosen != "triton":
             step = mlstm_step_torch if chosen == "torch" else mlstm_recurrent
             h, state = step(q, k, v, i_tilde, f_tilde, state, **options)
@@ -126,7 +127,7 @@ def mlstm_step_(
         check_gates(input_gate, gate_soft_cap)
         from .ops_mlstm_triton import mlstm_step_triton_
 
-        with without_autocast(q.device):
+        with without_autocast(q.device), on_device(q.device):
             h, state = mlstm_step_triton_(q, k, v, i_tilde, f_tilde, state, **options)
         return h.to(v.dtype), state
     return mlstm(q, k, v, i_tilde, f_tilde, state, backend=backend, **options)

@@ -14,6 +14,7 @@ from .ops_common import (
     choose_backend,
     disagreement,
     mark_tokens,
+    on_device,
     self_check,
     without_autocast,
 )
@@ -92,7 +93,7 @@ def slstm(
     options |= {"output_tanh": True} if output_tanh else {}
     if chosen == "triton":
         options["together"] = _may_wait(i_tilde.device, i_tilde.dtype)
-    with without_autocast(i_tilde.device):
+    with without_autocast(i_tilde.device), on_device(i_tilde.device):
         h, state = worker(i_tilde, f_tilde, z_tilde, o_tilde, recurrent, state, **options)
     h = h.to(i_tilde.dtype)
     return h if padded is None else h.masked_fill(padded[..., None, None], 0.0), state

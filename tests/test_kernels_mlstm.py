@@ -5,6 +5,7 @@ The interpreter computes bfloat16 wrongly and is slow, so everything here is flo
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from inputs import mlstm_inputs, mlstm_state, outputs_and_gradients
 from tolerances import FLOAT32, assert_identical, assert_same
 from torch import Tensor
 
-from modeling_xlstm import MLSTMState, mlstm
+from modeling_xlstm import MLSTMState, mlstm, ops_common
 from modeling_xlstm.ops_common import disagreement, self_check
 from modeling_xlstm.ops_mlstm import _compare, mlstm_step_
 
@@ -200,6 +201,15 @@ def test_the_self_check_finds_a_backward_pass_that_is_wrong_where_the_forward_pa
     assert disagreement(run, [x], torch.device("cpu"), False) == ""
 
 
+@pytest.fixture
+def checks_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `self_check` asks of CUDA is answered where there is none, and no result is kept."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(ops_common, "_VERDICTS", {})
+
+
+@pytest.mark.usefixtures("checks_begin")
 def test_what_the_self_check_found_holds_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -216,17 +226,17 @@ def test_what_the_self_check_found_holds_while_a_graph_is_captured(monkeypatch: 
     assert calls == [False]
 
 
-def test_a_self_check_inside_a_checkpointed_block_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+@pytest.mark.usefixtures("checks_begin")
+def test_a_self_check_inside_a_checkpointed_block_is_no_part_of_it() -> None:
     gradients = []
 
-    def compare_once(device: torch.device, dtype: torch.dtype) -> str:
+    def compare(device: torch.device, dtype: torch.dtype) -> str:
         x = torch.ones(2, requires_grad=True)
         gradients.append(torch.autograd.grad(x.exp().square().sum(), x)[0])
         return ""
 
     def block(x: Tensor) -> Tensor:
-        self_check(compare_once, torch.device("cuda"), torch.float32)
+        self_check(compare, torch.device("cuda"), torch.float32)
         return x.sin()
 
     x = torch.ones(3, requires_grad=True)
