@@ -59,8 +59,9 @@ def capture_graph(step: Step, model: Any) -> Step:
             step(model)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on with what they do on the device.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # A stream of this device: torch's own is on the first one that recorded. Entered here too, for torch does not leave
+    # it if a recording cannot be ended. Other threads may go on with what they do on the device.
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         logits = step(model)
 
     def replay(model: Any) -> Tensor:
@@ -187,7 +188,9 @@ class DecodeLoop:
                 self.steps[key] = FixedStep(model, states, ids, capture)
             except RuntimeError as error:
                 self.steps[key] = None
-                logger.warning("The decoding step could not be recorded and is launched one by one: %s", error)
+                # Of a step that failed, the end of the recording says only that it did.
+                first = "" if error.__context__ is None else f" (first: {error.__context__})"
+                logger.warning("The decoding step could not be recorded and is launched one by one: %s%s", error, first)
         self.steps.move_to_end(key)
         return self.steps[key]
 

@@ -7,8 +7,10 @@ again and writes over that.
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from torch import Tensor
 from transformers import CompileConfig
 
 from modeling_xlstm import XLSTMCache, XLSTMForCausalLM
-from modeling_xlstm.decoding_xlstm import KEPT_GRAPHS, DecodeLoop
+from modeling_xlstm.decoding_xlstm import KEPT_GRAPHS, DecodeLoop, capture_graph
 from modeling_xlstm.states_xlstm import tensors_of
 
 every_style = pytest.mark.parametrize("style", STYLES)
@@ -272,6 +274,85 @@ def test_a_step_that_cannot_be_recorded_is_launched_with_a_warning(caplog: pytes
             logits = model.get_compiled_call(None)(input_ids=ids, past_key_values=cache).logits
             assert_identical(logits, model(ids, past_key_values=other).logits)
     assert caplog.text.count("could not be recorded") == 1
+
+
+class Gpus:
+    """Two GPUs as `capture_graph` sees them: which is the current one, its stream, and where recordings began."""
+
+    def __init__(self) -> None:
+        self.device, self.stream = 0, "default"
+        self.recorded: list[int] = []
+        self.failed = False
+
+    def make_stream(self) -> Any:
+        return SimpleNamespace(device=self.device, wait_stream=lambda _: None)
+
+    def make_graph(self) -> Any:
+        return SimpleNamespace(capture_begin=self.begin, capture_end=self.end)
+
+    def begin(self, **options: Any) -> None:
+        self.recorded.append(self.device)
+
+    def end(self) -> None:
+        if self.failed:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+class Current:
+    """`torch.cuda.stream`: one that is never left stays the current one."""
+
+    def __init__(self, gpus: Gpus, stream: Any) -> None:
+        self.gpus, self.inside = gpus, (stream.device, "side")
+
+    def __enter__(self) -> None:
+        self.before = self.gpus.device, self.gpus.stream
+        self.gpus.device, self.gpus.stream = self.inside
+
+    def __exit__(self, *args: object) -> None:
+        self.gpus.device, self.gpus.stream = self.before
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
+    gpus = Gpus()
+    for name, stand_in in {
+        "Stream": gpus.make_stream,
+        "current_stream": gpus.make_stream,
+        "stream": functools.partial(Current, gpus),
+        "CUDAGraph": gpus.make_graph,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
+    return gpus
+
+
+def test_a_step_is_recorded_on_the_device_of_its_model(gpus: Gpus) -> None:
+    for gpus.device in (0, 1):
+        capture_graph(lambda model: torch.zeros(1), None)
+    assert gpus.recorded == [0, 1]
+
+
+def test_a_recording_that_fails_leaves_its_stream_and_says_why(gpus: Gpus, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(XLSTMForCausalLM)
+    cache, ids = started(model)
+    forward = model.forward
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if gpus.recorded and not gpus.failed:
+            gpus.failed = True
+            raise RuntimeError("a step waits for the device")
+        return forward(*args, **kwargs)
+
+    with torch.no_grad():
+        step = model.get_compiled_call(None)
+        model.forward = fail
+        step(input_ids=ids, past_key_values=cache)
+    assert gpus.failed
+    assert gpus.stream == "default"
+    assert "(first: a step waits for the device)" in caplog.text
 
 
 def test_steps_of_few_shapes_are_kept(recorder: Recorder) -> None:
