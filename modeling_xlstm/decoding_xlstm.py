@@ -110,7 +110,9 @@ class FixedStep:
 
     def run(self, model: Any, cache: XLSTMCache, ids: Tensor) -> Tensor:
         """Step the states of a cache by one token of each row and return the logits, [B, 1, vocab_size]."""
-        if self.borrower is None or self.borrower() is not cache or not cache.borrowed:
+        lent = self.borrower is not None and self.borrower() is cache and cache.borrowed
+        # What it borrows may be another step's by now.
+        if not lent or cache.layers[0].held.cell.m is not self.cache.layers[0].held.cell.m:
             states = [layer.held for layer in cache.layers]
             if self.borrower is not None and self.borrower() is not cache:
                 self.release_()

@@ -202,6 +202,20 @@ def test_caches_take_turns_and_a_fork_goes_its_own_way(recorder: Recorder) -> No
     assert recorder.captures == 1
 
 
+def test_two_recordings_take_turns_with_one_cache(recorder: Recorder) -> None:
+    model = tiny_model(XLSTMForCausalLM)
+    cache, ids = started(model)
+    other = copy.deepcopy(cache)
+    with torch.no_grad():
+        step = model.get_compiled_call(None)
+    for inference in (False, True, False, True, True):
+        with torch.inference_mode() if inference else torch.no_grad():
+            logits = step(input_ids=ids, past_key_values=cache).logits
+            assert_same(logits, model(ids, past_key_values=other).logits)
+    assert (recorder.captures, recorder.replays) == (2, 5)
+    assert_same(tensors_of(cache.states), tensors_of(other.states))
+
+
 def test_threads_may_share_a_model(recorder: Recorder) -> None:
     model = tiny_model(XLSTMForCausalLM)
     prompts = [tokens(1, 4) for _ in range(4)]
