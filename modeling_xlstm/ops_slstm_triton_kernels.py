@@ -18,14 +18,21 @@ except ImportError as error:
 
 @triton.jit
 def log_sigmoid(x):
-    """log(1 / (1 + exp(-x))) without overflow."""
-    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+    """log(1 / (1 + exp(-x))) without overflow, with all digits of gates near 1."""
+    e = tl.exp(-tl.abs(x))
+    # log(1 + e) = 2 artanh(s), as a series: 1 + e would round e away. s is at most 1/3, so seven terms do for float32.
+    s = e / (2.0 + e)
+    w = s * s
+    series = 1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9 + w * (1 / 11 + w * (1 / 13)))))
+    return tl.minimum(x, 0.0) - 2.0 * (s + s * w * series)
 
 
 @triton.jit
 def tanh(x):
-    """By the sigmoid, which every device has."""
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    """By the sigmoid, which every device has; near zero, where that has no digits, as a series."""
+    w = x * x
+    series = x + x * w * (-1 / 3 + w * (2 / 15 + w * (-17 / 315 + w * (62 / 2835))))
+    return tl.where(tl.abs(x) < 0.25, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
 
 
 @triton.jit

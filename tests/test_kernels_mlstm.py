@@ -83,6 +83,16 @@ def test_extreme_gates_stay_finite_and_right(i_tilde: float, f_tilde: float, ker
     assert all(g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.parametrize("f_tilde", [10.0, 12.0, 16.0])
+def test_forget_gates_near_one_forget_what_they_should(f_tilde: float, kernel_device: torch.device) -> None:
+    """Behind closed input gates m is the sum of log f: near -4e-4 at 12, rounded at 6e-8 a token if 1 + e is."""
+    q, k, v, i, f = (x.detach() for x in narrow(mlstm_inputs(64, 1, 1, 16, 16), kernel_device))
+    gates = torch.full_like(i, -100.0), torch.full_like(f, f_tilde)
+    _, state = mlstm(q, k, v, *gates, backend="triton")
+    _, expected = mlstm(*(x.double() for x in (q, k, v, *gates)), backend="reference")
+    assert_same(state.m.double(), expected.m, FLOAT32)
+
+
 def test_infinite_gates_meet_the_soft_cap_as_in_the_definition(kernel_device: torch.device) -> None:
     xs = [x.detach() for x in narrow(mlstm_inputs(19, 1, 1, 16, 16), kernel_device)]
     xs[3][:, 4:9], xs[4][:, 7:12] = -torch.inf, torch.inf

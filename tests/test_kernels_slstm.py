@@ -71,6 +71,27 @@ def test_extreme_gates_stay_finite_and_right(i_tilde: float, f_tilde: float, ker
     assert all(g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.parametrize("f_tilde", [10.0, 12.0, 16.0])
+def test_forget_gates_near_one_forget_what_they_should(f_tilde: float, kernel_device: torch.device) -> None:
+    """Behind closed input gates m is the sum of log f: near -4e-4 at 12, rounded at 6e-8 a token if 1 + e is."""
+    z = torch.zeros(1, 64, 1, 16, device=kernel_device)
+    xs = [z - 100.0, z + f_tilde, z, z, torch.zeros(4, 1, 16, 16, device=kernel_device)]
+    state = SLSTMState(z[:, 0], z[:, 0] + 1, z[:, 0], z[:, 0])
+    _, after = slstm(*xs, state, backend="triton")
+    _, expected = slstm(*(x.double() for x in xs), SLSTMState(*(x.double() for x in state)), backend="reference")
+    assert_same(after.m.double(), expected.m, FLOAT32)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 0.1, 1.0])
+def test_small_cell_inputs_keep_their_digits(size: float, kernel_device: torch.device) -> None:
+    gates = [torch.zeros(1, 3, 1, 16, device=kernel_device) for _ in range(4)]
+    xs = [*gates, torch.zeros(4, 1, 16, 16, device=kernel_device)]
+    xs[2] = size * torch.linspace(-1, 1, 48, device=kernel_device).view_as(gates[2])
+    h, _ = slstm(*xs, backend="triton")
+    expected, _ = slstm(*(x.double() for x in xs), backend="reference")
+    assert_same(h.double() / size, expected / size, FLOAT32)
+
+
 @pytest.mark.parametrize("P", [16, 80])
 def test_one_token_after_the_other_equals_the_sequence(P: int, kernel_device: torch.device) -> None:
     *gates, R = (x.detach() for x in narrow(kernel_inputs(3, 17, 1, P), kernel_device))
