@@ -16,7 +16,7 @@ test: ## everything this machine can run
 test-claims: ## models trained for minutes: what docs/tasks.md says; needs the extra `tasks`
 	pytest -m claim
 
-test-gpu: ## only what needs a CUDA device
+test-gpu: ## only what runs on a CUDA device, the kernels' tests among it
 	pytest -m gpu
 
 test-remote: ## checkpoints load and run where the package is not importable

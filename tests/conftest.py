@@ -69,6 +69,7 @@ def kernel_device() -> Iterator[torch.device]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    wanted = {"gpu", "kernel_device"} if torch.cuda.is_available() else {"gpu"}
     for item in items:
-        if "gpu" in getattr(item, "fixturenames", ()):
+        if wanted.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("gpu")

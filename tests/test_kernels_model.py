@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import pytest_collection_modifyitems
 from inputs import tiny_config, tokens
 from tolerances import FLOAT32, assert_identical, assert_same
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -73,3 +75,12 @@ def test_kernels_are_checked_and_launched_with_the_device_of_their_tensors_as_th
         slstm(x, x, x, x, torch.empty(4, 2, 16, 16))
     assert len(seen) >= 5
     assert set(seen) == {torch.device("cuda", 1)}
+
+
+def test_the_kernels_tests_are_those_of_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: list[str] = []
+    item: Any = SimpleNamespace(fixturenames=["kernel_device"], add_marker=marks.append)
+    for there, expected in ((False, []), (True, ["gpu"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        pytest_collection_modifyitems([item])
+        assert marks == expected
