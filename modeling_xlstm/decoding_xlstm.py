@@ -112,7 +112,7 @@ class FixedStep:
         """Step the states of a cache by one token of each row and return the logits, [B, 1, vocab_size]."""
         lent = self.borrower is not None and self.borrower() is cache and cache.borrowed
         # What it borrows may be another step's by now.
-        if not lent or cache.layers[0].held.cell.m is not self.cache.layers[0].held.cell.m:
+        if not lent or cache.layers[0].recurrent_states[0] is not self.cache.layers[0].recurrent_states[0]:
             states = [layer.held for layer in cache.layers]
             if self.borrower is not None and self.borrower() is not cache:
                 self.release_()
