@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -204,14 +205,14 @@ def _say_once(text: str) -> None:
 def self_check(compare: Callable[[torch.device, torch.dtype], str], device: torch.device, dtype: torch.dtype) -> str:
     """The result of `compare`, computed when an op's kernels are first used on a device in a dtype.
 
-    The interpreter on the CPU is no device to doubt, and nothing can be compared while a CUDA graph is captured or a
-    model is compiled: then the result is that of the calls before, which either needs.
+    The interpreter on the CPU is no device to doubt, and nothing can be compared while a CUDA graph is captured, a
+    model is compiled or tensors are made without memory: then the result is that of the calls before.
     """
     if device.type != "cuda":
         return ""
     key = f"{compare.__module__} {compare.__name__} {device} {dtype}"
     if key not in _VERDICTS:
-        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing() or detect_fake_mode() is not None:
             return ""
         # A check takes gradients whatever the caller does without; a checkpoint would count what it saves for them.
         apart = torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x)
@@ -232,7 +233,8 @@ def disagreement(
 ) -> str:
     """Compare Triton's kernels with the reference on a device, in all results and gradients.
 
-    Kernels that are right on one device have been wrong on another, some in the backward pass only.
+    Kernels that are right on one device have been wrong on another, some in the backward pass only; and some do not run
+    there, for want of a C compiler or of shared memory.
 
     Args:
         run: takes "triton" or "reference" and the inputs; returns outputs and states.
@@ -244,7 +246,16 @@ def disagreement(
     Returns:
         what: empty if they agree. Otherwise it was also given as a warning.
     """
-    got = _results(run, "triton", [x.to(device) for x in inputs], differentiate)
+    where = f"on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device} with triton "
+    where += f"{importlib.metadata.version('triton')} and torch {torch.__version__} they"
+    try:
+        got = _results(run, "triton", [x.to(device) for x in inputs], differentiate)
+    except torch.OutOfMemoryError:
+        raise  # which says nothing of the kernels
+    except Exception as error:
+        what = f"{where} raise {type(error).__name__}: {error}"
+        warnings.warn(f"The {kernels} are not used: {what}", stacklevel=2)
+        return what
     wanted = _results(run, "reference", [x.to(device, torch.float64) for x in inputs], differentiate)
     errors = [
         ((x.double() - y.double()).abs().max() / y.double().abs().max()).item()
@@ -253,9 +264,8 @@ def disagreement(
     if all(error <= AGREEMENT[inputs[0].dtype] for error in errors):
         return ""
     what = (
-        f"on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device} with triton "
-        f"{importlib.metadata.version('triton')} and torch {torch.__version__} they disagree with the reference in "
-        f"{inputs[0].dtype}: errors of outputs, states and gradients relative to scale {[f'{e:.1g}' for e in errors]}"
+        f"{where} disagree with the reference in {inputs[0].dtype}: errors of outputs, states and gradients relative "
+        f"to scale {[f'{e:.1g}' for e in errors]}"
     )
     warnings.warn(f"The {kernels} are not used: {what}. Please report it.", stacklevel=2)
     return what

@@ -13,6 +13,7 @@ import torch
 from inputs import mlstm_inputs, mlstm_state, outputs_and_gradients
 from tolerances import FLOAT32, assert_identical, assert_same
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from modeling_xlstm import MLSTMState, mlstm, ops_common
 from modeling_xlstm.ops_common import disagreement, self_check
@@ -211,6 +212,20 @@ def test_the_self_check_finds_a_backward_pass_that_is_wrong_where_the_forward_pa
     assert disagreement(run, [x], torch.device("cpu"), False) == ""
 
 
+def test_kernels_that_cannot_run_are_found_by_the_self_check_and_full_memory_is_not_their_fault() -> None:
+    def run(worker: str, x: Tensor) -> tuple[Tensor, ...]:
+        if worker == "triton":
+            raise error
+        return (x,)
+
+    x, error = torch.rand(4), RuntimeError("Failed to find C compiler.")
+    with pytest.warns(UserWarning, match="are not used: on cpu.*raise RuntimeError: Failed to find C compiler"):
+        assert "Failed to find C compiler" in disagreement(run, [x], torch.device("cpu"), True)
+    error = torch.OutOfMemoryError("for now")
+    with pytest.raises(torch.OutOfMemoryError, match="for now"):
+        disagreement(run, [x], torch.device("cpu"), True)
+
+
 @pytest.fixture
 def checks_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `self_check` asks of CUDA is answered where there is none, and no result is kept."""
@@ -234,6 +249,16 @@ def test_what_the_self_check_found_holds_while_a_graph_is_captured(monkeypatch: 
             results.append(self_check(compare, torch.device("cuda"), torch.float32))
     assert results == ["", "wrong", "wrong"]
     assert calls == [False]
+
+
+@pytest.mark.usefixtures("checks_begin")
+def test_no_self_check_begins_on_tensors_without_memory() -> None:
+    def compare(device: torch.device, dtype: torch.dtype) -> str:
+        return "these hold no numbers" if isinstance(torch.empty(1), FakeTensor) else "wrong"
+
+    with FakeTensorMode():
+        assert self_check(compare, torch.device("cuda"), torch.float32) == ""
+    assert self_check(compare, torch.device("cuda"), torch.float32) == "wrong"
 
 
 @pytest.mark.usefixtures("checks_begin")

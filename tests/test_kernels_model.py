@@ -69,10 +69,11 @@ def test_kernels_are_checked_and_launched_with_the_device_of_their_tensors_as_th
     with FakeTensorMode(), torch.device("cuda", 1):
         q, gate, x = torch.empty(1, 1, 2, 16), torch.empty(1, 1, 2), torch.empty(1, 1, 2, 16)
         state = MLSTMState(torch.empty(1, 2, 16, 16), torch.empty(1, 2, 16), torch.empty(1, 2))
-        mlstm(q, q, q, gate, gate)
-        options: dict[str, Any] = {"eps": 1e-6, "input_gate": "exp", "gate_soft_cap": None, "backend": "auto"}
-        ops_mlstm.mlstm_step_(q, q, q, gate, gate, state, **options)
-        slstm(x, x, x, x, torch.empty(4, 2, 16, 16))
+        R = torch.empty(4, 2, 16, 16)
+    mlstm(q, q, q, gate, gate)
+    options: dict[str, Any] = {"eps": 1e-6, "input_gate": "exp", "gate_soft_cap": None, "backend": "auto"}
+    ops_mlstm.mlstm_step_(q, q, q, gate, gate, state, **options)
+    slstm(x, x, x, x, R)
     assert len(seen) >= 5
     assert set(seen) == {torch.device("cuda", 1)}
 
