@@ -92,7 +92,7 @@ def slstm(
         options["lengths"] = lengths
     options |= {"output_tanh": True} if output_tanh else {}
     if chosen == "triton":
-        options["together"] = _may_wait(i_tilde.device, i_tilde.dtype)
+        options["together"] = _may_wait(i_tilde, recurrent)
     with without_autocast(i_tilde.device), on_device(i_tilde.device):
         h, state = worker(i_tilde, f_tilde, z_tilde, o_tilde, recurrent, state, **options)
     h = h.to(i_tilde.dtype)
@@ -115,11 +115,15 @@ def _triton_obstacle(x: Tensor, recurrent: Tensor, state: SLSTMState | None) -> 
     return slstm_sizes_obstacle(x, recurrent, state) or self_check(_compare, x.device, x.dtype)
 
 
-def _may_wait(device: torch.device, dtype: torch.dtype) -> Any:
-    """Whether the programs of a wide head may wait for each other inside a launch; else they take a launch a token."""
-    from .ops_slstm_triton import Together
+def _may_wait(x: Tensor, recurrent: Tensor) -> Any:
+    """Whether the programs of a wide head may wait for each other inside a launch; else they take a launch a token.
 
-    return Together(not self_check(_compare_together, device, dtype))
+    Not where none would, and not in a compiled model: torch leaves out that a launch is cooperative.
+    """
+    from .ops_slstm_triton import Together, is_shared
+
+    many = x.shape[1] > 1 and is_shared(x, recurrent) and not torch.compiler.is_compiling()
+    return Together(many and not self_check(_compare_together, x.device, x.dtype))
 
 
 def _compare(device: torch.device, dtype: torch.dtype) -> str:

@@ -25,6 +25,8 @@ except ImportError as error:
     raise ImportError("The Triton kernels need the package `triton`; `backend='auto'` does without it.") from error
 
 LARGEST_P = 512
+BB = 16  # rows of a tile
+LARGEST_ROWS = 65_535 * BB  # of the tiles on a grid's second axis
 HELD_BYTES = 136 * 1024  # of the recurrent weights that a program of several keeps on the chip
 
 
@@ -33,10 +35,18 @@ def slstm_sizes_obstacle(x: Tensor, recurrent: Tensor, state: SLSTMState | None)
     P = x.shape[-1]
     if P % 16 or P > LARGEST_P:
         return f"the head dim must be a multiple of 16 up to P = {LARGEST_P}; got P = {P}"
+    if x.shape[0] > LARGEST_ROWS:
+        return f"the batch must be {LARGEST_ROWS} rows at most; got {x.shape[0]}"
     wide = {y.dtype for y in (x, recurrent, *(state or ()))} - {torch.float32, torch.bfloat16, torch.float16}
     if wide:
         return f"tensors and states must be float32, bfloat16 or float16; got {', '.join(sorted(map(str, wide)))}"
     return ""
+
+
+def is_shared(x: Tensor, R: Tensor) -> bool:
+    """Whether several programs share a head; else one holds its recurrent weights and runs the whole sequence."""
+    half = x.dtype == R.dtype == torch.bfloat16
+    return x.shape[1] == 1 or x.shape[-1] * (1 if half else 2) > (64 if is_small(x.device) else 128)
 
 
 @functools.cache
@@ -84,12 +94,10 @@ class _Sizes(NamedTuple):
         """The sizes of a call; nothing that is compiled depends on B or T."""
         B, T, H, P = x.shape
         half = x.dtype == R.dtype == torch.bfloat16
-        widest = 64 if is_small(x.device) else 128
-        whole = T > 1 and P * (1 if half else 2) <= widest
         options: dict[str, Any] = {
             "H": H,
             "P": P,
-            "BB": 16,
+            "BB": BB,
             "SIGMOID": sigmoid,
             "PADDED": marks[0] is not None,
             "RESET": marks[1] is not None,
@@ -97,7 +105,7 @@ class _Sizes(NamedTuple):
             "DOT": tl.bfloat16 if half else tl.float32,
             "PRECISION": "tf32" if x.dtype == torch.float16 else "ieee" if torch.version.hip else "tf32x3",
         }
-        if whole:
+        if not is_shared(x, R):
             # One stage: what tokens are read ahead must not take the weights' place.
             options |= {"BP": triton.next_power_of_2(P), "num_stages": 1, "num_warps": 8 if P > 64 or not half else 4}
             return cls(B, T, H, P, True, T, -1, options)
@@ -121,9 +129,10 @@ class _Sizes(NamedTuple):
         return cls(B, T, H, P, False, 1, -1, options)
 
     def flags(self, like: Tensor) -> Tensor:
-        """What programs count tokens in, zero at the start of a launch; one number if they do not."""
-        count = self.H * triton.cdiv(self.B, self.options["BB"]) if self.options["HELD"] else 1
-        return torch.zeros(count, dtype=torch.int32, device=like.device)
+        """What programs count tokens in, zero at the start of a launch; one number that none reads if they do not."""
+        if not self.options["HELD"]:
+            return torch.empty(1, dtype=torch.int32, device=like.device)
+        return torch.zeros(self.H * triton.cdiv(self.B, BB), dtype=torch.int32, device=like.device)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -186,8 +186,33 @@ def test_where_waiting_programs_are_wrong_a_launch_a_token_is_the_way_out(
 
     monkeypatch.setattr(ops_slstm, "self_check", check)
     xs = [x.detach() for x in narrow(kernel_inputs(2, 2, 1, 80), kernel_device)]
-    assert ops_slstm._may_wait(kernel_device, torch.float32) == worker.Together(False)
+    assert ops_slstm._may_wait(xs[0], xs[4]) == worker.Together(False)
     assert_same(slstm(*xs, backend="triton"), slstm(*xs, backend="torch"))
+
+
+def test_waiting_programs_are_asked_for_and_checked_only_where_heads_are_shared_over_tokens_outside_compiled_models(
+    worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+    monkeypatch.setattr(ops_slstm, "self_check", lambda compare, *_: checked.append(compare) or "")
+
+    def may_wait(T: int, P: int) -> bool:
+        x, R = torch.empty(2, T, 1, P, device="meta"), torch.empty(4, 1, P, P, device="meta")
+        return bool(ops_slstm._may_wait(x, R).allowed)
+
+    assert [may_wait(T, P) for T, P in [(9, 64), (1, 192), (9, 192)]] == [False, False, True]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not may_wait(9, 192)
+    assert checked == [ops_slstm._compare_together]
+
+
+def test_more_rows_than_a_grid_has_are_refused(worker: Any) -> None:
+    def obstacle(B: int) -> str:
+        x, R = torch.empty(B, 1, 1, 16, device="meta"), torch.empty(4, 1, 16, 16, device="meta")
+        return str(worker.slstm_sizes_obstacle(x, R, None))
+
+    assert obstacle(65_535 * 16) == ""
+    assert "1048560 rows at most; got 1048561" in obstacle(65_535 * 16 + 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="waits for the interpreter, whose programs wait in vain")
