@@ -7,12 +7,69 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from checkout import ROOT
+from inputs import mlstm_inputs, mlstm_state
+from torch import Tensor
+
+from modeling_xlstm import MLSTMState, mlstm
+from modeling_xlstm.decoding_xlstm import FixedStep
 
 SCRIPT = [sys.executable, str(ROOT / "scripts" / "benchmark_gpu.py")]
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    import benchmark_gpu
+
+    return benchmark_gpu
+
+
+class Backward(torch.autograd.Function):
+    """Leaves a tensor and multiplies its gradient: a fault that the backward pass alone has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient * ctx.factor, None
+
+
+def judged(script: ModuleType, state: float = 1.0, gradient: float = 1.0) -> bool:
+    """What the script says of kernels, PyTorch's here, whose state n and whose gradient of k are wrong by a factor."""
+
+    def run(backend: str, *xs: Tensor) -> Any:
+        q, k, v, i, f, *before = xs
+        if backend == "triton":
+            k = Backward.apply(k, gradient)
+        h, after = mlstm(q, k, v, i, f, MLSTMState(*before), backend="torch" if backend == "triton" else backend)
+        return h, after._replace(n=after.n * state) if backend == "triton" else after
+
+    inputs = [x.detach().float() for x in (*mlstm_inputs(9, 1, 2, 16, 32), *mlstm_state(1, 2, 16, 32))]
+    return script.over_twin(run, inputs, torch.float32)["passes"]
+
+
+@pytest.mark.parametrize("fault", [{"state": torch.nan}, {"gradient": torch.nan}, {"gradient": 1.01}], ids=str)
+def test_a_kernel_that_is_wrong_or_not_a_number_does_not_pass(script: ModuleType, fault: dict[str, float]) -> None:
+    assert judged(script)
+    assert not judged(script, **fault)
+
+
+def test_a_decode_loop_without_a_number_does_not_pass(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+) -> None:
+    run = FixedStep.run
+    bench = script.Bench(kernel_device, 1.0)
+    assert script.check_decoding(bench, "large")["passes"]
+    monkeypatch.setattr(FixedStep, "run", lambda *given: run(*given) * torch.nan)
+    assert not script.check_decoding(bench, "large")["passes"]
 
 
 @pytest.mark.slow
