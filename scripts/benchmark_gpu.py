@@ -10,8 +10,9 @@ Laptop, a minute: tiny sizes in Triton's interpreter, which shows that the scrip
 
 Every kernel is judged in float64 on the same inputs, with a twin beside it: plain PyTorch with the operands of its
 matrix products rounded to the kernel's dtype. A kernel may err twice as much as its twin (root mean square, outputs,
-states and every gradient); if one errs more nothing is timed and the script exits with 1. Peers (`mlstm_kernels`,
-`fla`) are used if they can be imported and never needed; what one of them raises is its result.
+states and every gradient), in bfloat16 what is summed in float32 by 2e-2 at least; if one errs more nothing is timed
+and the script exits with 1. Peers (`mlstm_kernels`, `fla`) are used if they can be imported and never needed; what one
+of them raises is its result.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ Run = Callable[[], Any]
 Result = dict[str, Any]
 OVER_TWIN = 2.0  # KERNEL_OVER_TWIN of tests/tolerances.py
 FLOAT32 = 1e-4  # as there: rounding of float32, which a twin in float32 draws as well as the kernel
+BFLOAT16 = 2e-2  # as there: roundings of states and of h that the twin does not make, in sums that cancel
 TINY: Result = {
     "slstm checks": [16],
     "mlstm": [{"B": 1, "H": 2, "T": 37, "K": 16, "V": 32}],
@@ -140,17 +142,26 @@ def over_twin(run: Callable[..., Any], inputs: list[Tensor], dtype: torch.dtype,
 
     errors = [error(x, y) for x, y in zip(got, wanted, strict=True)]
     allowed = [error(t.to(x.dtype), y) for x, t, y in zip(got, twin, wanted, strict=True)]
-    passes = all(e <= max(OVER_TWIN * a, FLOAT32) for e, a in zip(errors, allowed, strict=True))  # NaN is not
+
+    def limit(x: Tensor, a: float) -> float:
+        # States, and the gradients of gates and of states, are float32; of these n and m see no rounding to bfloat16.
+        summed = dtype == torch.bfloat16 and x.dtype == torch.float32 and a > FLOAT32 / 10
+        return max(OVER_TWIN * a, BFLOAT16 if summed else FLOAT32)
+
+    # NaN is not below a limit.
+    passes = all(e <= limit(x, a) for x, e, a in zip(got, errors, allowed, strict=True))
     return {"passes": passes, "errors": [f"{e:.1e}" for e in errors], "twin": [f"{a:.1e}" for a in allowed]}
 
 
 def check_mlstm(bench: Bench, **options: Any) -> Result:
     T, K, V = (options.pop("T", 300), 256, 512) if bench.cuda else (min(options.pop("T", 21), 21), 16, 32)
-    step = T == 1
-    inputs = [bench.draw(1, T, 2, size) for size in (K, K, V)]
-    inputs += [bench.draw(1, T, 2, dtype=torch.float32, scale=3.0) for _ in range(2)]
-    inputs += [bench.draw(1, 2, *size, dtype=torch.float32) for size in ((K, V), (K,), ())]
-    reset = torch.rand(1, T, device=bench.device) < 0.02 if options.pop("packed", False) else None
+    B, step = 4 if bench.cuda else 1, T == 1
+    inputs = [bench.draw(B, T, 2, size) for size in (K, K, V)]
+    inputs += [bench.draw(B, T, 2, dtype=torch.float32, scale=3.0) for _ in range(2)]
+    inputs += [bench.draw(B, 2, *size, dtype=torch.float32) for size in ((K, V), (K,), ())]
+    reset = torch.rand(B, T, device=bench.device) < 0.02 if options.pop("packed", False) else None
+    # These keep q n from zero, where the few tokens that come near make all of an error, another one in every draw.
+    inputs[0], inputs[1], inputs[6] = ((1 + x).detach().requires_grad_() for x in (inputs[0], inputs[1], inputs[6]))
 
     def run(backend: str, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *state: Tensor) -> Any:
         if step and backend == "triton":
@@ -431,7 +442,7 @@ def main() -> None:
     write()
     if failed := [name for name, check in result["checks"].items() if not check["passes"]]:
         print(json.dumps(result, indent=1))
-        raise SystemExit(f"benchmark_gpu.py: {failed} err more than twice their twins; nothing was timed.")
+        raise SystemExit(f"benchmark_gpu.py: {failed} err more than they may; nothing was timed.")
     work = {} if arguments.checks_only else sections(bench)
     for name, run in tqdm(work.items(), desc="Times"):
         result[name] = guarded(name, run) if time.monotonic() < bench.deadline else "no time left"

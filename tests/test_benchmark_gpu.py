@@ -62,6 +62,58 @@ def test_a_kernel_that_is_wrong_or_not_a_number_does_not_pass(script: ModuleType
     assert not judged(script, **fault)
 
 
+class Stored(torch.autograd.Function):
+    """Rounds a tensor and its gradient as a kernel that keeps them in bfloat16 does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.bfloat16().to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient.bfloat16().to(gradient.dtype)
+
+
+def in_bfloat16(script: ModuleType, fault: str) -> Any:
+    """The reference, and in the kernels' place one that rounds what they do: operands, states between chunks, h."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState, **options: Any) -> Any:
+        if options.pop("backend") == "reference":
+            return mlstm(q, k, v, i, f, state, backend="reference", **options)
+        options.pop("reset")
+        state, outputs = MLSTMState(*(x.float() for x in state)), []
+        v = 1.01 * v.float() if fault == "v is 1 % too large" else v
+        n_0 = 0.0 * state.n
+        for chunks in zip(*(x.float().split(8, 1) for x in (q, k, v, i, f)), strict=True):
+            if fault == "no gradient through C between chunks":
+                state = state._replace(C=state.C.detach() + 0.0 * state.C)
+            with script.Rounded(torch.bfloat16):
+                stored = state._replace(C=Stored.apply(state.C))
+                h, state = mlstm(*chunks, stored, backend="reference", **options)
+            outputs.append(Stored.apply(h))
+        if fault == "no gradient through the last n":
+            state = state._replace(n=state.n.detach() + n_0)
+        return torch.cat(outputs, 1).to(q.dtype), state
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "fault", ["", "v is 1 % too large", "no gradient through C between chunks", "no gradient through the last n"]
+)
+def test_kernels_in_bfloat16_pass_whatever_is_drawn_and_one_wrong_term_does_not(
+    fault: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = script.Bench(torch.device("cpu"), 1.0)
+    bench.dtype = torch.bfloat16
+    monkeypatch.setattr(script, "mlstm", in_bfloat16(script, fault))
+    passes = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        passes.append(script.check_mlstm(bench)["passes"])
+    assert passes == [not fault] * 8
+
+
 def test_a_decode_loop_without_a_number_does_not_pass(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
 ) -> None:
