@@ -1,4 +1,4 @@
-"""What every op does before it computes: check shapes and choose a worker."""
+"""What ops share: checks of shapes, the choice of a worker, and what happens to who differentiates a gradient."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import types
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,6 +146,75 @@ def log_gates(i_tilde: Tensor, f_tilde: Tensor, input_gate: str) -> tuple[Tensor
     """Natural logs of the input and the forget gate, from their pre-activations."""
     log_i = F.logsigmoid(i_tilde) if input_gate == "sigmoid" else i_tilde
     return log_i, f_tilde if input_gate == "exp_both" else F.logsigmoid(f_tilde)
+
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+def differentiable_once(backward: Backward) -> Backward:
+    """For a Function's `backward` by hand, of which autograd sees nothing: a derivative of what it returns raises.
+
+    torch's `once_differentiable` hangs its error on copies of the gradients alone, and `torch.autograd.grad` to the
+    inputs, which does not pass there, takes them for constant. Here it hangs on all that they are made of: the tensors
+    saved must lead to every input, as an output does.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *dys)
+        # Once, as gradient checkpointing allows.
+        saved = ctx.saved_tensors
+        given = types.SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=ctx.needs_input_grad)
+        with torch.no_grad():
+            made = backward(given, *dys)
+        there = [d for d in made if d is not None]
+        guarded = iter(_Constant.apply(len(there), *there, *saved, *dys))
+        return tuple(None if d is None else next(guarded) for d in made)
+
+    return run
+
+
+class _Constant(torch.autograd.Function):
+    """The first of some tensors, which cannot be differentiated by the others."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *given: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in given[:count] if x is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError(
+            "Gradients of an xLSTM cell by its fast ways are constants for autograd; a derivative of them was asked "
+            "for. The reference is slow and has all derivatives: `backend='reference'` of `mlstm`, `slstm`, `MLSTM` "
+            "and `SLSTM`, `kernel_backend='reference'` in the configuration of a model."
+        )
+
+
+def differentiable_by(plain: Callable[..., Tensor]) -> Callable[[Backward], Backward]:
+    """For a Function's `backward` by hand: gradients that are to be differentiated are made by autograd instead.
+
+    Args:
+        plain: the Function's only output in operations of torch's, from its ctx and the tensors that it saved; those
+            are its first inputs.
+    """
+
+    def decorate(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def run(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+            if not torch.is_grad_enabled():
+                return backward(ctx, dy)
+            # Views: of an input that another was made of, only its own part is wanted.
+            xs = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
+            wanted = {i: x for i, x in enumerate(xs) if x is not None and x.requires_grad}
+            with without_autocast(dy.device):
+                made = torch.autograd.grad(plain(ctx, *xs), list(wanted.values()), dy, create_graph=True)
+            by_input = dict(zip(wanted, made, strict=True))
+            return tuple(map(by_input.get, range(len(ctx.needs_input_grad))))
+
+        return run
+
+    return decorate
 
 
 def choose_backend(backend: str, x: Tensor, triton_obstacle: Callable[[], str]) -> str:

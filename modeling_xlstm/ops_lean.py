@@ -10,10 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .ops_common import token_blocks
+from .ops_common import differentiable_by, token_blocks
 from .ops_linear import is_hooked, multiply
 
 
@@ -89,7 +88,7 @@ class _RMSNorm(torch.autograd.Function):
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(lambda ctx, x, weight: F.rms_norm(x, (x.shape[-1],), weight, ctx.eps))
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -121,10 +120,10 @@ class _SoftCap(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         t = ctx.saved_tensors[0] / ctx.cap
-        return torch.ops.aten.tanh_backward(dy, t, grad_input=t), None
+        into = {} if torch.is_grad_enabled() else {"grad_input": t}  # a second derivative reads t
+        return torch.ops.aten.tanh_backward(dy, t, **into), None
 
 
 def causal_conv(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
@@ -177,7 +176,7 @@ class _CausalConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(lambda _, x, past, *rest: _convolve(torch.cat([past, x], 1), *rest))
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, past, weight, bias, document = ctx.saved_tensors
         W, wide = weight.shape[1], torch.promote_types(dy.dtype, torch.float32)
@@ -248,10 +247,14 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
         loss: [].
     """
     if torch.compiler.is_compiling():
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(wide, targets, ignore_index=ignore_index, reduction="sum")
+        return _cross_entropy(logits, targets, ignore_index)
     loss: Tensor = _CrossEntropy.apply(logits, targets, ignore_index)
     return loss
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, targets, ignore_index=ignore_index, reduction="sum")
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -259,15 +262,11 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
         ctx.save_for_backward(logits, targets)
         ctx.ignore_index = ignore_index
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        losses = [
-            F.cross_entropy(logits[rows].to(wide), targets[rows], ignore_index=ignore_index, reduction="sum")
-            for rows in _pieces(logits)
-        ]
-        return torch.stack(losses).sum() if losses else logits.new_zeros((), dtype=wide)
+        losses = [_cross_entropy(logits[rows], targets[rows], ignore_index) for rows in _pieces(logits)]
+        return torch.stack(losses).sum() if losses else _cross_entropy(logits, targets, ignore_index)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(lambda ctx, logits, targets: _cross_entropy(logits, targets, ctx.ignore_index))
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
         logits, targets = ctx.saved_tensors
         dlogits = torch.empty_like(logits)

@@ -9,13 +9,14 @@ long as converting both operands at once and multiplying in float32. What the ba
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from .ops_common import differentiable_by
 from .ops_products import FEW, capabilities, packed_together, product, product_of_columns, way_of
 
 ROWS, COLUMNS = 64, 32  # of a result in half precision; with fewer, converting operands takes what the product gains
@@ -145,6 +146,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product(_rows(x), weight.float(), bias).to(x.dtype).view(*x.shape[:-1], -1)
 
 
+def _in_float32(product: Callable[..., Tensor], *xs: Tensor | None) -> Tensor:
+    """A product of torch's, in the dtype of its first operand."""
+    assert xs[0] is not None
+    return product(*(None if x is None else x.float() for x in xs)).to(xs[0].dtype)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).float()
 
@@ -152,24 +159,23 @@ def _rows(x: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, is_remade: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, bias)
         if is_remade:
             return x.new_empty(*x.shape[:-1], len(weight))
         with torch.autocast("cpu", enabled=False):
             return _linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(lambda _, x, weight, bias: _in_float32(F.linear, x, weight, bias))
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), dy = ctx.saved_tensors, _rows(dy)
+        (x, weight, _), dy = ctx.saved_tensors, _rows(dy)
         dx = dweight = dbias = None
         with torch.autocast("cpu", enabled=False):
             if ctx.needs_input_grad[0]:
                 dx = product(dy, weight.float().t()).to(x.dtype).view(x.shape)
             if ctx.needs_input_grad[1]:
                 dweight = product_of_columns(dy, _rows(x)).to(weight.dtype)
-            if ctx.has_bias and ctx.needs_input_grad[2]:
+            if ctx.needs_input_grad[2]:
                 dbias = dy.sum(0).to(weight.dtype)
         return dx, dweight, dbias, None
 
@@ -181,7 +187,7 @@ class _Products(torch.autograd.Function):
         return torch.bmm(a.float(), b.float()).to(a.dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(lambda _, a, b: _in_float32(torch.bmm, a, b))
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         (a, b), dy = ctx.saved_tensors, dy.float()
         return torch.bmm(dy, b.float().mT).to(a.dtype), torch.bmm(a.float().mT, dy).to(b.dtype)

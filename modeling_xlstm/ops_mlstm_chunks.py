@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .ops_common import differentiable_once
 from .ops_mlstm_tokens import Blocks, Buffer, Group, Room, Sum, Tokens, WideBuffer, groups, joined, separate
 from .ops_mlstm_weights import Masks, Weights, masks_of, weigh, weight_of_
 
@@ -64,7 +64,7 @@ class Chunks(torch.autograd.Function):
         return h, *last
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, document, h, *kept = ctx.saved_tensors
         (B, _, H, K), V, (*_, J, L) = q.shape, v.shape[-1], ctx.shape

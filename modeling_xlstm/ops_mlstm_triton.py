@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .ops_common import is_small
+from .ops_common import differentiable_once, is_small
 from .ops_mlstm_triton_bwd import (
     _mlstm_chunkwise_bwd_dk_kernel,
     _mlstm_chunkwise_bwd_dq_kernel,
@@ -212,7 +211,7 @@ class _MLSTM(torch.autograd.Function):
         return h, C_last, n_last, gates.m_in[..., -1].clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(
         ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, dm: Tensor | None
     ) -> tuple[Tensor | None, ...]:

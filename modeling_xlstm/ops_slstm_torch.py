@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .ops_common import has_numpy_2, keep_freed_memory, log_gates, token_blocks
+from .ops_common import differentiable_once, has_numpy_2, keep_freed_memory, log_gates, token_blocks
 from .states_xlstm import SLSTMState, compute_dtype
 
 
@@ -252,7 +251,7 @@ class _SLSTM(torch.autograd.Function):
         return outputs, *(tuple(s.clone() for s in running) if last is None else ends)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dh_out: Tensor | None, *d_last: Tensor | None) -> tuple[Tensor | None, ...]:
         gates, cnm, outputs, R, c, n, m, h, last, reset = ctx.saved_tensors
         dh_out = torch.zeros_like(outputs) if dh_out is None else dh_out

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .ops_common import is_small
+from .ops_common import differentiable_once, is_small
 from .ops_slstm_triton_kernels import (
     _slstm_recurrent_bwd_kernel,
     _slstm_recurrent_bwd_slices_kernel,
@@ -222,7 +221,7 @@ class _SLSTM(torch.autograd.Function):
         return h_all, *after
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dh_all: Tensor | None, *d_last: Tensor | None) -> tuple[Tensor | None, ...]:
         R, c, n, m, h, lengths, reset, h_all, gates, c_all, n_all, m_all, c_last, n_last = ctx.saved_tensors
         size, marks = ctx.size, (lengths, reset)

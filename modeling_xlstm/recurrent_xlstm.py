@@ -38,6 +38,7 @@ class RecurrentCell(nn.Module):
         output_gate: whether a gate scales the output.
         output_tanh: whether the output passes a tanh before its gate.
         layer_norm: whether each head's output is normalised; off in the paper's cell, on in its blocks.
+        backend: 'auto', 'triton', 'torch' or 'reference', which alone has second derivatives; see docs/kernels.md.
         device: where the parameters are made.
         dtype: dtype of the parameters; states are float32 or wider whatever it is.
 
@@ -59,11 +60,12 @@ class RecurrentCell(nn.Module):
         output_gate: bool = True,
         output_tanh: bool = False,
         layer_norm: bool = False,
+        backend: str = "auto",
         device: Any = None,
         dtype: Any = None,
     ):
         super().__init__()
-        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
+        self.input_size, self.hidden_size, self.bias, self.backend = input_size, hidden_size, bias, backend
         self.num_heads = _heads(input_size, hidden_size, num_heads)
         self.gates = _gates(input_gate, forget_gate)
         self.output_gate, self.output_tanh = output_gate, output_tanh
@@ -211,8 +213,8 @@ class MLSTMCell(RecurrentCell):
 
     def _run(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, State]:
         q, k, v = (p(x).unflatten(-1, (self.num_heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        h, state = mlstm(q, k, v, self.igate(x), self.fgate(x), state, lengths=lengths, input_gate=self.gates)
-        return h, state
+        options: dict[str, Any] = {"lengths": lengths, "input_gate": self.gates, "backend": self.backend}
+        return mlstm(q, k, v, self.igate(x), self.fgate(x), state, **options)
 
     def _gated(self, outputs: Tensor, inputs: Tensor) -> Tensor:
         outputs = torch.tanh(outputs) if self.output_tanh else outputs
@@ -246,7 +248,7 @@ class SLSTMCell(RecurrentCell):
             # A gate that is open whatever comes: its recurrent part is zero, and o = sigmoid(inf) = 1.
             rest, recurrent = [torch.full_like(i_tilde, torch.inf)], F.pad(recurrent, (0,) * 7 + (1,))
         options: dict[str, Any] = {"lengths": lengths, "input_gate": self.gates, "output_tanh": self.output_tanh}
-        return slstm(i_tilde, f_tilde, z_tilde, rest[0], recurrent, state, **options)
+        return slstm(i_tilde, f_tilde, z_tilde, rest[0], recurrent, state, **options, backend=self.backend)
 
     def _open_forget_gates(self) -> None:
         if self.gate_proj.bias is not None and self.gates != "exp_both":
