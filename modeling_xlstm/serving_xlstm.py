@@ -183,7 +183,7 @@ class XLSTMEngine:
         prefill_chunk_size: prompt tokens read per newcomer and step, so that long prompts do not hold up the others.
 
     Raises:
-        ValueError: `slots` or `prefill_chunk_size` is below 1.
+        ValueError: `slots` or `prefill_chunk_size` is below 1; at a step, the model is in training mode again.
     """
 
     def __init__(self, model: XLSTMForCausalLM, slots: int = 8, prefill_chunk_size: int = 256):
