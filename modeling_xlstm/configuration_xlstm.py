@@ -53,6 +53,8 @@ STYLE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+VARIANTS = {"mlstm": ["mlstm"], "slstm": ["slstm"], "mixed": ["slstm", "mlstm"]}  # blocks that are repeated
+
 # Fields that a style has no use for, and the only value they may have there.
 _NO_BRANCH = {"proj_factor": 1.0, "proj_round_up_to_multiple_of": 1, "conv_kernel_size": 0}
 STYLE_FIXED: Mapping[str, Mapping[str, Any]] = {
@@ -107,7 +109,7 @@ class XLSTMConfig(PreTrainedConfig):
         block_style: "large", "neurips" or "residual".
         block_types: "mlstm" or "slstm" for each block. Two shorthands, not stored, fill it: `slstm_at`, a list of block
             indices (negative ones count from the end) or "all"; `variant`, "mlstm", "slstm" or "mixed" (sLSTM first,
-            then alternating).
+            then alternating; any other in `from_pretrained` names files of weights, as in Transformers).
         head_dim: query, key and value width per mLSTM head of the residual style; None takes hidden_size / num_heads.
         qk_dim_factor: query and key width over `hidden_size` (large).
         v_dim_factor: value width over `hidden_size` (large).
@@ -265,10 +267,12 @@ class XLSTMConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in Transformers, but fields among the keywords, and their shorthands, are read as by the constructor."""
-        shorthands = {"slstm_at", "variant"}
+        kwargs = {name: x for name, x in kwargs.items() if name != "slstm_at" or x is not None}
+        # Transformers has a `variant` too, which names files of weights.
+        shorthands = {"slstm_at", "variant"} if kwargs.get("variant") in VARIANTS else {"slstm_at"}
         known = {x.name for x in dataclasses.fields(cls)} - BASE_FIELDS | shorthands | cls.attribute_map.keys()
         given = cls._with_field_names({name: kwargs.pop(name) for name in known & kwargs.keys()})
-        left_out = shorthands | {"block_types"} if shorthands & given.keys() else set()
+        left_out = {"slstm_at", "variant", "block_types"} if shorthands & given.keys() else set()
         stored = cls._with_field_names({name: x for name, x in config_dict.items() if name not in left_out})
         return super().from_dict({**stored, **given}, **kwargs)
 
@@ -277,10 +281,8 @@ class XLSTMConfig(PreTrainedConfig):
         """Replace aliases by the fields they stand for."""
         for alias, name in cls.attribute_map.items():
             if alias in kwargs and kwargs.get(name, kwargs[alias]) != kwargs[alias]:
-                raise ValueError(
-                    f"`{alias}` is another name of `{name}`; got {kwargs[alias]} and {kwargs[name]}."
-                    f" Pass only `{name}`."
-                )
+                got = f"{kwargs[alias]} and {kwargs[name]}"
+                raise ValueError(f"`{alias}` is another name of `{name}`; got {got}. Pass only `{name}`.")
         return {cls.attribute_map.get(name, name): value for name, value in kwargs.items()}
 
     @classmethod
@@ -304,10 +306,9 @@ class XLSTMConfig(PreTrainedConfig):
         if len(given) > 1:
             raise ValueError(f"Pass one of `block_types`, `slstm_at` and `variant`; got {' and '.join(given)}.")
         if variant is not None:
-            kinds = {"mlstm": ["mlstm"], "slstm": ["slstm"], "mixed": ["slstm", "mlstm"]}
-            if variant not in list(kinds):
-                raise ValueError(f"`variant` must be one of {list(kinds)}; got {variant!r}.")
-            self.block_types = [kinds[variant][i % len(kinds[variant])] for i in range(N)]
+            if variant not in list(VARIANTS):
+                raise ValueError(f"`variant` must be one of {list(VARIANTS)}; got {variant!r}.")
+            self.block_types = (VARIANTS[variant] * N)[:N]
         elif self.block_types is None:
             indices: Any = range(N) if slstm_at == "all" else () if slstm_at is None else slstm_at
             if not isinstance(indices, Sequence) or isinstance(indices, str):
@@ -405,10 +406,9 @@ class XLSTMConfig(PreTrainedConfig):
 
     def validate_sizes(self) -> None:
         """Every count is positive, every factor and rate is in its range."""
-        no_vocabulary = self.vocab_size == 0 and self.input_size is not None
         counts = [
-            *["vocab_size"][no_vocabulary:], "hidden_size", "num_hidden_layers", "num_heads", "slstm_num_heads",
-            "num_labels", "chunk_size", "qkv_proj_blocksize",
+            *["vocab_size"][self.vocab_size == 0 and self.input_size is not None :], "hidden_size", "num_hidden_layers",
+            "num_heads", "slstm_num_heads", "num_labels", "chunk_size", "qkv_proj_blocksize",
             "proj_round_up_to_multiple_of", "ffn_round_up_to_multiple_of",
         ]  # fmt: skip
         for name in counts:

@@ -117,9 +117,14 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
             output: see `XLSTMForecastOutput`.
 
         Raises:
-            ValueError: a shape does not fit the configuration, the past is longer than `context_length`, or there is a
-                mask of future values without these.
+            ValueError: a shape does not fit the configuration, the past is empty or longer than `context_length`, there
+                is a mask of future values without these, or a cache.
         """
+        if (cache := kwargs.pop("past_key_values", None)) is not None:
+            raise ValueError(
+                f"`past_key_values` must be None; got {type(cache).__name__}. A series is scaled by its whole past: "
+                "pass that as `past_values`."
+            )
         past = self._frames_of_past(past_values, past_observed_mask, past_covariates, attention_mask)
         if future_values is None:
             if future_observed_mask is not None:
@@ -213,6 +218,8 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
         config = self.config
         series, seen = self._series("past_values", values, observed)
         B, T, _ = series.shape
+        if T == 0:
+            raise ValueError(f"`past_values` must hold at least 1 time; got shape {tuple(values.shape)}.")
         if config.context_length is not None and config.context_length < T:
             raise ValueError(
                 f"`past_values` may hold {config.context_length} times, `config.context_length`; got {T}. Pass the "

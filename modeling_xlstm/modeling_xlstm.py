@@ -203,10 +203,11 @@ class XLSTMModel(XLSTMPreTrainedModel):
 
 def warn_unused(kwargs: dict[str, Any]) -> None:
     """Warn once about keywords that change nothing here; those that are None or False ask for nothing."""
-    # The collators that write `cu_seq_lens_q` describe the same packing three times more.
-    packing = {"cu_seq_lens_k", "max_length_q", "max_length_k"}
+    # The collators that write `cu_seq_lens_q` describe the same packing three times more; TRL tells a language model's
+    # base model too how many logits it wants.
+    known = {"cu_seq_lens_k", "max_length_q", "max_length_k", "logits_to_keep"}
     unused = sorted(
-        name for name, value in kwargs.items() if name not in packing and value is not None and value is not False
+        name for name, value in kwargs.items() if name not in known and value is not None and value is not False
     )
     if unused:
         logger.warning_once(f"An xLSTM has no use for {unused}: ignored.")

@@ -159,6 +159,7 @@ def differentiable_once(backward: Backward) -> Backward:
     saved must lead to every input, as an output does.
     """
 
+    @torch.compiler.disable  # the frames of a backward pass that is called in a compiled function are compiled too
     @functools.wraps(backward)
     def run(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():

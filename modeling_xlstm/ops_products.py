@@ -49,9 +49,14 @@ class Packed:
 
     def times(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
         """x times the weights as they are now, their outputs side by side, plus a bias: [..., I] -> [..., sum of O]."""
-        if list(map(_seen, weights, self._samples)) != self._packed_of:
+        if not self._is_of(weights):
             self._pack(weights)
         return _by_onednn(x, self._numbers, bias)
+
+    def _is_of(self, weights: Sequence[Tensor]) -> bool:
+        # Addresses first: of numbers that were moved, to shared memory say, the samples are in memory that may be gone.
+        there = [weight.data_ptr() for weight in weights] == self._places
+        return there and list(map(_seen, weights, self._samples)) == self._packed_of
 
     def _pack(self, weights: Sequence[Tensor]) -> None:
         weights = [weight.detach() for weight in weights]
@@ -61,13 +66,13 @@ class Packed:
         # What is written through `.data` moves no version.
         bits = [weight.view(torch.int32 if weight.element_size() == 4 else torch.int16).flatten() for weight in weights]
         self._samples = [x[:: max(1, len(x) // SAMPLE)].numpy() for x in bits]
+        self._places = [weight.data_ptr() for weight in weights]
         self._packed_of = list(map(_seen, weights, self._samples))
 
 
-def _seen(weight: Tensor, sample: Any) -> tuple[int, int, bytes]:
-    """What another state of a weight does not share."""
-    version = 0 if weight.is_inference() else weight._version
-    return version, weight.data_ptr(), sample.tobytes()
+def _seen(weight: Tensor, sample: Any) -> tuple[int, bytes]:
+    """What another state of a weight at the same address does not share."""
+    return 0 if weight.is_inference() else weight._version, sample.tobytes()
 
 
 # By weight to be packed, as long as that lives: what it is the first of.

@@ -77,7 +77,8 @@ class XLSTMPreTrainedModel(PreTrainedModel):
         float32. It costs the memory of those matrices again. Parameters stay as they are, and so does what is saved. A
         weight that changes is packed anew when it is next read: whatever torch writes is noticed, and what is written
         through `.data` if it changes one of 64 numbers of a matrix that are looked at; call this again after writing
-        fewer. `train()`, moving and converting the model undo it; a compiled model does without.
+        fewer. `train()`, moving and converting the model undo it; a compiled model does without. Packed weights cannot
+        be swapped (`torch.utils.swap_tensors`).
 
         Args:
             packed: False undoes it.

@@ -62,6 +62,12 @@ def test_a_compiled_model_trains_as_a_plain_one_packed_padded_and_accumulated(
     assert COUNTERS["stats"]["unique_graphs"], "nothing was compiled"
 
 
+def test_a_compiled_function_may_hold_the_whole_training_step() -> None:
+    model, given = tiny_model(XLSTMForCausalLM, variant="mlstm", num_hidden_layers=1).train(), [batch(), batch()]
+    expected = trained(model, model, given)
+    assert_same(torch.compile(trained, backend="aot_eager")(model, model, given), expected)
+
+
 def test_more_blocks_take_no_more_graphs() -> None:
     counts = []
     for blocks in (3, 5):

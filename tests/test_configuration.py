@@ -14,7 +14,8 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from inputs import STYLES, tiny_config
-from transformers import AutoConfig
+from tolerances import assert_identical
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, XLSTMModel
@@ -558,8 +559,17 @@ def test_keywords_of_from_pretrained_are_read_as_by_the_constructor(tmp_path: Pa
         assert AutoConfig.from_pretrained(tmp_path, **spelling).block_types == wanted
     config = AutoConfig.from_pretrained(tmp_path, gate_soft_cap=20, expand_factor=3)
     assert [type(x) for x in (config.gate_soft_cap, config.ffn_proj_factor)] == [float, float]
+    nothing = {"slstm_at": None, "variant": None}
+    assert AutoConfig.from_pretrained(tmp_path, **nothing).block_types == two_blocks().block_types
     with pytest.raises(ValueError, match="got slstm_at and variant"):
         XLSTMConfig.from_pretrained(tmp_path, slstm_at=[0], variant="mixed")
+
+
+def test_a_variant_that_is_no_kind_of_blocks_names_the_files_of_the_weights(tmp_path: Path) -> None:
+    model = XLSTMForCausalLM(two_blocks())
+    model.save_pretrained(tmp_path, variant="fp16")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, variant="fp16")
+    assert_identical(dict(loaded.state_dict()), dict(model.state_dict()))
 
 
 def test_a_subclass_keeps_styles_rules_and_shorthands() -> None:

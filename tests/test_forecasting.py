@@ -13,7 +13,7 @@ from tolerances import FLOAT32, assert_drawn_with, assert_identical, assert_same
 from torch import Tensor
 from transformers import AutoModelForTimeSeriesPrediction, Trainer, TrainingArguments
 
-from modeling_xlstm import XLSTMForForecasting
+from modeling_xlstm import XLSTMCache, XLSTMForForecasting
 from modeling_xlstm.memory_xlstm import enable_checkpointing
 
 LEVELS = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
@@ -191,6 +191,8 @@ def test_samples_follow_the_predicted_distribution_and_go_on_from_their_own_draw
     ("fields", "arguments", "message"),
     [
         ({}, {"past_values": torch.zeros(2, 9, 3)}, r"must be \[B, T, 1\]"),
+        ({}, {"past_values": torch.zeros(2, 0)}, "must hold at least 1 time"),
+        ({}, {"past_key_values": XLSTMCache(tiny_config())}, "`past_key_values` must be None; got XLSTMCache"),
         ({"context_length": 8}, {}, "may hold 8 times"),
         ({}, {"future_values": torch.zeros(2, 3)}, r"`future_values` must be \[2, 4, ...\]"),
         ({}, {"past_covariates": torch.zeros(2, 9, 1)}, "`past_covariates` must be None"),
@@ -204,6 +206,11 @@ def test_samples_follow_the_predicted_distribution_and_go_on_from_their_own_draw
 def test_bad_arguments_are_named(fields: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         forecaster(**fields)(**{"past_values": series(), **arguments})
+
+
+def test_no_cache_is_asked_for_and_changes_nothing() -> None:
+    model, past = forecaster(), series()
+    assert_identical(model(past, past_key_values=None), model(past))
 
 
 def test_no_sample_and_no_length_are_named() -> None:

@@ -105,6 +105,24 @@ def test_a_weight_that_changes_is_what_the_next_token_reads(name: str, change: C
     assert not torch.equal(after, before)
 
 
+class Gone:
+    """A sample of memory that was given back."""
+
+    def tobytes(self) -> bytes:
+        raise AssertionError("memory was read that is gone")
+
+
+@torch.no_grad()
+def test_of_weights_moved_to_shared_memory_the_old_memory_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = nn.Parameter(torch.randn(32, 32)), torch.randn(2, 32)
+    packed = Packed([weight])
+    monkeypatch.setattr(packed, "_samples", [Gone()])
+    with pytest.raises(AssertionError, match="that is gone"):
+        packed.times(x, [weight])
+    weight.share_memory_()
+    assert_same(packed.times(x, [weight]), x @ weight.t())
+
+
 @pytest.mark.parametrize(
     "undo", [lambda model: model.train(), lambda model: model.double(), lambda model: model.bfloat16()]
 )
