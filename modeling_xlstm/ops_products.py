@@ -3,9 +3,10 @@
 torch multiplies float32 with MKL, which is slow on some CPUs. On AMD's Zen 5 it reads a matrix for a few rows with one
 thread, at 10 GB/s, where a batch of the matrix' parts is read by all threads, at up to 40. Of many rows it multiplies
 with units of half the width: 195 GFLOP/s in two threads, where oneDNN, which torch takes for other dtypes and has for
-this one, reaches 450. The fastest way for few rows depends on the CPU and their number, so it is measured. For many
-the CPU decides, and few have torch's own way where there are gradients: clocks err while others compute, and a training
-that is stopped and resumed is to round as one that is not.
+this one, reaches 450. On a Zen 3 it multiplies some tens of rows with a large matrix at two thirds of oneDNN's speed.
+The fastest way for few rows depends on the CPU and their number, so it is measured. For more the CPU decides, and few
+have torch's own way where there are gradients: clocks err while others compute, and a training that is stopped and
+resumed is to round as one that is not.
 
 Whoever has the memory can also pack a matrix: keep it once more, in the order in which oneDNN reads it the fastest.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 FEW = 16  # rows for which the ways are measured
+SOME = 96  # rows up to which oneDNN is faster on AMD's CPUs without AVX-512
 LEAST = 2**16  # numbers of a matrix for which another way is worth its calls to few rows
 LEAST_OF_MANY = 2**22  # multiplications for which another way is worth its call to many
 GAIN = 1.1  # how many times as fast another way must be: less may be the noise of measuring
@@ -192,7 +194,8 @@ def way_of(B: int, weight: Tensor) -> str:
         return "whole"
     has_onednn = _onednn is not None and torch.backends.mkldnn.enabled
     if not few:
-        return "onednn" if has_onednn and is_mkl_narrow() else "whole"
+        is_mkl_slow = is_mkl_narrow() or (B <= SOME and is_amd_without_avx512())
+        return "onednn" if has_onednn and is_mkl_slow else "whole"
     spent = seconds(B, torch.get_num_threads())
     may = {**dict.fromkeys(PARTS, weight.is_contiguous() and _parts(len(weight)) > 1), "onednn": has_onednn}
     best = min((way for way in spent if may.get(way, True)), key=lambda way: spent[way])
@@ -211,6 +214,14 @@ def is_mkl_narrow() -> bool:
     known = capabilities()  # AVX-VNNI came to AMD with units of 512 bits; before, those of AVX-512 were of 256
     is_wide_amd = known.get("cpu_name", "").startswith("AMD") and known.get("avx512_f") and known.get("avx_vnni")
     return bool(is_wide_amd) and torch.backends.mkl.is_available()
+
+
+@functools.cache
+def is_amd_without_avx512() -> bool:
+    """Whether this is a CPU of AMD's before Zen 4."""
+    known = capabilities()
+    is_one = known.get("cpu_name", "").startswith("AMD") and known.get("avx2") and not known.get("avx512_f")
+    return bool(is_one) and torch.backends.mkl.is_available()
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from modeling_xlstm.ops_products import (
     LEAST,
     LEAST_OF_MANY,
     PARTS,
+    SOME,
     WAYS,
     plan_product_by,
     product,
@@ -39,6 +40,7 @@ def taken(monkeypatch: pytest.MonkeyPatch, way: str, least: int | None = None) -
 
     monkeypatch.setattr(ops_products, "seconds", lambda rows, threads: {**dict.fromkeys(WAYS, 3.0), way: 1.0})
     monkeypatch.setattr(ops_products, "is_mkl_narrow", lambda: way == "onednn")
+    monkeypatch.setattr(ops_products, "is_amd_without_avx512", lambda: False)
     monkeypatch.setattr(ops_products, "way_of", noted)
     if least is not None:
         monkeypatch.setattr(ops_products, "LEAST", least)
@@ -151,21 +153,26 @@ def test_the_fastest_way_of_few_rows_is_measured(
 
 
 @pytest.mark.parametrize(
-    ("known", "narrow"),
+    ("known", "some", "many"),
     [
-        ({"cpu_name": "AMD EPYC 9755", "avx512_f": True, "avx_vnni": True}, True),
-        ({"cpu_name": "AMD EPYC 9654", "avx512_f": True, "avx_vnni": False}, False),
-        ({"cpu_name": "Intel Xeon 6980P", "avx512_f": True, "avx_vnni": True}, False),
-        ({}, False),
+        ({"cpu_name": "AMD EPYC 9755", "avx2": True, "avx512_f": True, "avx_vnni": True}, True, True),
+        ({"cpu_name": "AMD EPYC 9654", "avx2": True, "avx512_f": True, "avx_vnni": False}, False, False),
+        ({"cpu_name": "AMD EPYC 7763", "avx2": True, "avx512_f": False, "avx_vnni": False}, True, False),
+        ({"cpu_name": "Intel Xeon 6980P", "avx2": True, "avx512_f": True, "avx_vnni": True}, False, False),
+        ({"cpu_name": "Intel Core i7-6700", "avx2": True, "avx512_f": False, "avx_vnni": False}, False, False),
+        ({}, False, False),
     ],
 )
-def test_many_rows_go_through_onednn_where_mkl_uses_half_the_units(
-    known: dict[str, Any], narrow: bool, monkeypatch: pytest.MonkeyPatch
+def test_more_rows_go_through_onednn_where_the_cpu_is_known_to_be_slow_with_mkl(
+    known: dict[str, Any], some: bool, many: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops_products, "is_mkl_narrow", ops_products.is_mkl_narrow.__wrapped__)
+    for name in ("is_mkl_narrow", "is_amd_without_avx512"):
+        monkeypatch.setattr(ops_products, name, getattr(ops_products, name).__wrapped__)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
-    expected = "onednn" if narrow and torch.backends.mkl.is_available() and "onednn" in WAYS else "whole"
-    assert way_of(FEW + 1, torch.zeros(LEAST_OF_MANY // 64, 64)) == expected
+    has_both = torch.backends.mkl.is_available() and "onednn" in WAYS
+    weight = torch.zeros(LEAST_OF_MANY // 64, 64)
+    for rows, is_onednn in ((FEW + 1, some), (SOME, some), (SOME + 1, many)):
+        assert way_of(rows, weight) == ("onednn" if is_onednn and has_both else "whole")
 
 
 def test_no_clock_decides_how_a_training_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
