@@ -20,6 +20,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 import transformers
 import yaml  # type: ignore[import-untyped]
-from flags import WrongInput, new_folder
+from flags import WrongInput, make_folder, new_folder
 from huggingface_hub.errors import StrictDataclassError
 from official import official_logits
 from shards import Step, Stored, find_weights, pack, read_tensors, shard_names, write_index, write_shard
@@ -158,7 +159,7 @@ def open_target(work: Conversion, restart: bool) -> None:
         return
     if work.target.exists() and any(work.target.iterdir()):
         raise WrongInput(f"{work.target} must be a new or empty folder, or one that this command has begun.")
-    work.target.mkdir(parents=True, exist_ok=True)
+    make_folder(work.target, "target")
     draft = progress.with_suffix(".draft")
     draft.write_text(json.dumps(work.identity(), indent=1), "utf-8")
     draft.replace(progress)
@@ -181,8 +182,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return sorted(path for path in files if any(fnmatch.fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES))
 
 
-def write_rest(work: Conversion, tokenizer: Path) -> bool:
-    """Configuration, code, generation configuration, tokenizer; returns whether a text must begin with BOS."""
+def write_rest(work: Conversion, tokenizer: Path) -> str:
+    """Configuration, code, generation configuration, tokenizer; returns what there is to know of BOS."""
     if work.to_ours:
         work.config.save_pretrained(work.target)
         with torch.device("meta"):
@@ -198,22 +199,29 @@ def write_rest(work: Conversion, tokenizer: Path) -> bool:
         GenerationConfig.from_model_config(work.config).save_pretrained(work.target)
     for path in tokenizer_files(tokenizer):
         shutil.copyfile(path, work.target / path.name)
-    needs_bos = bool(work.to_ours and read_config(work.source).get("force_bos_token_insert"))
-    if needs_bos and (work.target / "tokenizer.json").is_file():
-        begin_with_bos(work.target, work.config.bos_token_id)
-    return needs_bos
+    if not (work.to_ours and read_config(work.source).get("force_bos_token_insert")):
+        return ""
+    is_put = (work.target / "tokenizer.json").is_file() and begin_with_bos(work.target, work.config.bos_token_id)
+    who = "the tokenizer here puts it there" if is_put else "no tokenizer here puts it there, so do it yourself"
+    return f"Every text must begin with the BOS token; {who}."
 
 
-def begin_with_bos(folder: Path, bos: int | None) -> None:
-    """Make a tokenizer put BOS before every text, if it does not."""
+def begin_with_bos(folder: Path, bos: int | None) -> bool:
+    """Make a tokenizer put BOS before every text; returns whether it does so when it is loaded."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     if bos is None or tokenizer("a").input_ids[:1] == [bos]:
-        return
+        return bos is not None
     tokenizer.bos_token = token = tokenizer.convert_ids_to_tokens(bos)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, bos)]
     )
     tokenizer.save_pretrained(folder)
+    # The tokenizers of some models, GPT-NeoX's among them, write another template over it when they are loaded.
+    file = folder / "tokenizer_config.json"
+    settings = {**json.loads(file.read_text("utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    again: Any = AutoTokenizer.from_pretrained(folder)
+    return bool(again("a").input_ids[:1] == [bos])
 
 
 def compare(work: Conversion) -> str:
@@ -249,7 +257,7 @@ def license_of(card: Path) -> str:
     return str((top.get("license") if isinstance(top, dict) else None) or "unknown")
 
 
-def card_facts(work: Conversion, verified: str, needs_bos: bool) -> dict[str, str]:
+def card_facts(work: Conversion, verified: str, bos: str) -> dict[str, str]:
     config = work.config
     model = fingerprint(config)
     shapes = [shape for kind in config.block_types or [] for shape in state_shapes(model, kind).values()]
@@ -266,7 +274,7 @@ def card_facts(work: Conversion, verified: str, needs_bos: bool) -> dict[str, st
         "verified": verified,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "path": work.target.as_posix(),
-        "bos": "Every text must begin with the BOS token; the tokenizer here puts it there." if needs_bos else "",
+        "bos": bos,
     }
 
 
@@ -277,10 +285,10 @@ def convert(arguments: argparse.Namespace) -> None:
         raise WrongInput(f"The configuration in {arguments.source} must be that of a model: {error}") from error
     open_target(work, arguments.restart)
     shards = write_weights(work)
-    needs_bos = write_rest(work, arguments.tokenizer or work.source)
+    bos = write_rest(work, arguments.tokenizer or work.source)
     verified = "not compared in a forward pass (--no_verify)" if arguments.no_verify else compare(work)
     if work.to_ours:
-        fill_card(TEMPLATE, card_facts(work, verified, needs_bos), work.target)
+        fill_card(TEMPLATE, card_facts(work, verified, bos), work.target)
     (work.target / PROGRESS).unlink()
     print(f"Verified   {verified}")
     print(f"Saved      {work.target}: {shards} shard{'s' * (shards > 1)}, configuration and what came with the source")
@@ -317,7 +325,8 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"convert.py: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("\nInterrupted. The same command goes on from the last shard.") from None
+        print("\nInterrupted. The same command goes on from the last shard.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def read_files(paths: Sequence[Path]) -> Text:
             what = "is a folder" if path.is_dir() else f"does not exist in {Path.cwd()}"
             raise WrongInput(f"`--text` must name files; {path} {what}. Check the path.")
         try:
-            text = path.read_text("utf-8")
+            text = path.read_text("utf-8-sig")  # a byte order mark is no text
         except UnicodeDecodeError as error:
             raise WrongInput(
                 f"`--text` must name UTF-8 text; {path} has other bytes at position {error.start}. "

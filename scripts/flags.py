@@ -1,8 +1,10 @@
-"""What a command line gets wrong, said in a line: numbers, files and folders for argparse, an error for the rest."""
+"""Between a command line and a script: numbers, files, folders for argparse; errors in a line; stdout for any text."""
 
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,12 @@ NO_CONFIG = (StrictDataclassError, TypeError, ValueError)
 
 class WrongInput(ValueError):
     """The caller can mend it: shown as a message, without a traceback."""
+
+
+def take_any_text() -> None:
+    """Have stdout be UTF-8 where it is no terminal, and a terminal show `?` for letters that it has not."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
@@ -35,6 +43,14 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 
 
 positive = number(int, 1)
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Make a folder that a flag names, and those above it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WrongInput(f"`{flag}` must name a folder that can be made: {error}. Choose another.") from error
 
 
 def checkpoint(word: str) -> Path:

@@ -39,6 +39,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import sys
 import time
@@ -48,7 +49,7 @@ from typing import Any, TextIO
 
 import torch
 import transformers
-from flags import NO_CONFIG, WrongInput, number
+from flags import NO_CONFIG, WrongInput, number, take_any_text
 from safetensors import SafetensorError
 from torch._dynamo.exc import BackendCompilerFailed
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -196,7 +197,7 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise WrongInput(f"`--prompts_file` must name a file; {path} is none. Check the path.")
     try:
-        lines = path.read_text("utf-8").split("\n")
+        lines = path.read_text("utf-8-sig").split("\n")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise WrongInput(
             f"`--prompts_file` must name UTF-8 text; {path} has other bytes at position {error.start}. "
@@ -431,6 +432,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parse()
+    take_any_text()
     # Bars of the weights; that of the prompts stays.
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -442,6 +444,9 @@ def main() -> None:
             raise
         message = f"`--compile` needs a C++ compiler: {error.inner_exception}. Install one or leave it out."
         raise SystemExit(f"generate.py: {message}") from None
+    except BrokenPipeError:  # who read stdout, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python ends by writing the rest
+        raise SystemExit(141) from None
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         raise SystemExit(130) from None

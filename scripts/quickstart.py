@@ -46,7 +46,7 @@ from corpus import (
     read_files,
     read_standard_library,
 )
-from flags import WrongInput, number, positive
+from flags import WrongInput, make_folder, number, positive, take_any_text
 from runs import LossBar, delete_unfinished, differences, last_checkpoint, silent, step_of
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -159,17 +159,20 @@ def open_run(arguments: argparse.Namespace, text: Text, processes: int) -> None:
     run = describe(arguments, text, processes)
     if file.is_file() and not arguments.restart:
         before = json.loads(file.read_text("utf-8"))["run"]
-        if changed := differences(before, run):
+        changed = differences(before, run)
+        if changed and ((folder / "README.md").is_file() or last_checkpoint(folder / "checkpoints") is not None):
             raise WrongInput(
                 f"{folder} holds another run ({'; '.join(changed)}). Add --restart to delete it and train anew, "
                 "or choose another folder with --out."
             )
+        if changed:  # nothing was trained yet
+            write_run(folder, run, card_words(arguments, text))
         return
     if file.is_file():
         shutil.rmtree(folder)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WrongInput(f"`--out` must be a new or empty folder, or one of an earlier run; {folder} is neither.")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--out")
     write_run(folder, run, card_words(arguments, text))
 
 
@@ -376,6 +379,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parse()
+    take_any_text()
     # Bars of single files; that of the training stays.
     transformers.utils.logging.disable_progress_bar()
     try:

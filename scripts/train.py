@@ -33,7 +33,7 @@ import torch
 import transformers
 import yaml  # type: ignore[import-untyped]
 from corpus import load_or_train_tokenizer
-from flags import NO_CONFIG, WrongInput
+from flags import NO_CONFIG, WrongInput, make_folder
 from runs import (
     LossBar,
     check_numbers,
@@ -296,7 +296,7 @@ def open_run(run: RunArguments, settings: TrainingArguments, source: Source) -> 
             )
     if settings.process_index == 0:
         delete_unfinished(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "--output_dir")
         file.write_text(json.dumps(described, indent=2) + "\n", "utf-8")
     return checkpoint
 

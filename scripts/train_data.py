@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from corpus import HELD_OUT_ONE_IN, Text, read_files, read_standard_library
 from datasets import Dataset, Features, List, Value
-from flags import WrongInput
+from flags import WrongInput, make_folder
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -217,7 +217,7 @@ def tokenise(
     """
     key = fingerprint(documents, tokenizer, vocab_size)
     folder = Path(data.token_cache or Path(datasets.config.HF_DATASETS_CACHE) / "xlstm_tokens")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--token_cache")
     file = folder / f"{key}.arrow"
     cached = file.is_file()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPTNeoXTokenizerFast,
     PreTrainedTokenizerFast,
     TrainingArguments,
     xLSTMConfig,
@@ -297,6 +299,34 @@ def test_configurations_that_describe_no_model_are_refused_by_their_place(
     to = ["--to", "large"] if "extended" in text else ["--from", "transformers"]
     with pytest.raises(script.WrongInput, match=message):
         run(script, "pickled", "ours", *to)
+
+
+def test_a_tokenizer_of_a_class_that_writes_its_own_template_begins_with_bos_too(script: ModuleType) -> None:
+    core = Tokenizer(models.BPE({"<bos>": 0, "a": 1, "b": 2}, []))
+    GPTNeoXTokenizerFast(
+        tokenizer_object=core, bos_token="<bos>", eos_token="<bos>", unk_token="<bos>"
+    ).save_pretrained("neox")
+    assert AutoTokenizer.from_pretrained("neox")("ab").input_ids == [1, 2]
+    assert script.begin_with_bos(Path("neox"), 0)
+    assert AutoTokenizer.from_pretrained("neox")("ab").input_ids == [0, 1, 2]
+
+
+def test_the_card_says_who_puts_bos_where_there_is_no_tokenizer(published: Path, script: ModuleType) -> None:
+    shutil.copytree(published, "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    run(script, "bare", "ours", "--no_verify")
+    card = Path("ours/README.md").read_text("utf-8")
+    assert "must begin with the BOS token; no tokenizer here puts it there, so do it yourself." in card
+
+
+def test_an_interrupted_conversion_says_how_it_goes_on(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert.py", "from", "to"])
+    monkeypatch.setattr(script, "convert", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == 130
+    assert "The same command goes on" in capsys.readouterr().err
 
 
 def test_a_target_that_is_a_file_is_refused(

@@ -374,6 +374,21 @@ def test_steps_are_compiled_on_request_unless_the_compiler_is_missing(
         script.main()
 
 
+def test_it_ends_without_a_word_when_who_reads_its_output_has_enough(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "folder", "--prompt", "a"])
+    monkeypatch.setattr(script, "run", lambda arguments: print("text", flush=True))
+    with open(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as end:
+            script.main()
+    assert end.value.code == 141
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

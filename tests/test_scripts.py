@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -285,13 +286,59 @@ def test_a_folder_with_other_things_in_it_is_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
+def test_a_folder_in_which_nothing_was_trained_yet_takes_other_options(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--out", str(tmp_path / "run")])
+    arguments = script.parse()
+    script.open_run(arguments, script.Text(["a"], ["b"], ""), 1)
+    longer = script.Text(["aa"], ["bb"], "")
+    script.open_run(arguments, longer, 1)
+    assert read(arguments.out / "run.json")["run"]["text_sha256"] == script.checksum(longer)
+    checkpoint = arguments.out / "checkpoints" / "checkpoint-9"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}", "utf-8")
+    with pytest.raises(script.WrongInput, match="another run"):
+        script.open_run(arguments, script.Text(["a"], ["b"], ""), 1)
+
+
+def test_a_folder_that_cannot_be_made_is_named(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_text(tmp_path)
+    options = ["--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "text.txt" / "run")]
+    assert "`--out` must name a folder that can be made" in run_main(script, monkeypatch, *options)
+
+
+def test_stdout_takes_any_text_as_utf8_unless_it_is_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    import flags
+
+    for is_terminal, expected in ((False, "é\ufffd→".encode()), (True, b"\xe9??")):
+        written = io.BytesIO()
+        stdout = io.TextIOWrapper(written, encoding="cp1252")
+        monkeypatch.setattr(stdout, "isatty", lambda is_terminal=is_terminal: is_terminal, raising=False)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        flags.take_any_text()
+        print("é\ufffd→", end="", flush=True)
+        assert written.getvalue() == expected
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    import corpus
+    import generate
+
+    (tmp_path / "text.txt").write_text("first\nsecond", "utf-8-sig")
+    assert "".join(part[0] for part in corpus.read_files([tmp_path / "text.txt"])[:2]) == "first\nsecond"
+    assert generate.read_prompts(tmp_path / "text.txt") == ["first", "second"]
+
+
 def test_restart_deletes_the_run_of_other_options(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--out", str(tmp_path / "run"), "--steps", "7"])
     arguments, text = script.parse(), script.Text(["a"], ["b"], "")
     script.open_run(arguments, text, 1)
-    (arguments.out / "old").touch()
+    (arguments.out / "README.md").touch()
     arguments.steps = 8
     with pytest.raises(script.WrongInput, match="steps: 7, now 8"):
         script.open_run(arguments, text, 1)
