@@ -169,10 +169,16 @@ class XLSTMModel(XLSTMPreTrainedModel):
             if x.dim() != 3 or x.shape[-1] != width or not x.is_floating_point():
                 got = f"shape {tuple(x.shape)} of {x.dtype}"
                 raise ValueError(f"`{name}` must be [B, T, {width}] and floating point; got {got}.")
+        if name == "input_features" and x.dtype is torch.float64 and self.dtype is not torch.float64:
+            raise ValueError(f"`{name}` must be float32 in a model of {self.dtype}; got {x.dtype}. Use `.float()`.")
         return self.embed_tokens(x) if is_ids else x  # type: ignore[misc]
 
     def _project(self, frames: Tensor, real: Tensor | None) -> Tensor:
-        """Frames [B, T, .] as [B, T, D]; what padding holds reaches no gradient, which 0 times NaN would."""
+        """Frames [B, T, .] as [B, T, D]; what padding holds reaches no gradient, which 0 times NaN would.
+
+        A model of half precision rounds them, as Trainer's `bf16_full_eval` asks it to.
+        """
+        frames = frames.to(self.dtype)
         x: Tensor = self.frame_proj(frames if real is None else frames.masked_fill(~real[..., None], 0.0))  # type: ignore[misc]
         return x
 
@@ -435,6 +441,7 @@ class XLSTMForTokenClassification(XLSTMPreTrainedModel):
         if labels is not None:
             if attention_mask is not None:
                 labels = labels.masked_fill(attention_mask[:, -labels.shape[1] :] == 0, -100)
+            labels = labels.contiguous()  # Transformers' loss takes a view
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=items)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 

@@ -93,7 +93,7 @@ def mark_tokens(
     if lengths is None:
         return None, reset
     may_look = lengths.is_cpu and not torch.compiler.is_compiling() and not isinstance(lengths, FakeTensor)
-    if may_look and ((lengths < 0) | (lengths > T)).any():
+    if may_look and ((lengths < 0) | (lengths.long() > T)).any():
         raise ValueError(f"`lengths` must be from 0 to T = {T}; got {lengths.tolist()}.")
     padded = torch.arange(T, device=device) >= lengths[:, None]
     return padded, None if reset is None else reset & ~padded

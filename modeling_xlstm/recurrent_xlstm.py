@@ -115,6 +115,7 @@ class RecurrentCell(nn.Module):
             ValueError: shapes disagree, `lengths` are not from 0 to T, or the state is another cell's.
         """
         bind_shapes(inputs=(inputs, f"B T {self.input_size}"))
+        _check_dtype(inputs, self)
         fields = self.state_class._fields
         if state is not None and len(state) != len(fields):
             raise ValueError(
@@ -164,6 +165,13 @@ class RecurrentCell(nn.Module):
 def _real(x: Tensor, padded: Tensor | None) -> Tensor:
     """[B, T, .] with zeros where a token is padded, [B, T]: 0 times what is not finite there would not be 0."""
     return x if padded is None else x.masked_fill(padded[..., None], 0.0)
+
+
+def _check_dtype(inputs: Tensor, module: nn.Module) -> None:
+    """Raise ValueError, as `nn.LSTM` does, unless inputs have the dtype of the weights, or autocast sees to that."""
+    weight = next(module.parameters())
+    if inputs.dtype is not weight.dtype and not torch.is_autocast_enabled(inputs.device.type):
+        raise ValueError(f"`inputs` must be {weight.dtype} as the weights are; got {inputs.dtype}. Use `.to()`.")
 
 
 def _heads(input_size: int, hidden_size: int, num_heads: int | None) -> int:
@@ -341,6 +349,7 @@ class RecurrentLayers(nn.Module):
             if lengths is not None:
                 raise ValueError("A PackedSequence knows its lengths; got `lengths` as well. Leave it out.")
             x, rows = pad_packed_sequence(inputs, batch_first=True)
+            bind_shapes(inputs=(x, f"B T {self.input_size}"))
             outputs, state = self._run(x, state, rows.to(x.device))
             return _pack_like(inputs, outputs, rows), state
         bind_shapes(inputs=(inputs, self._layout(inputs.dim())))
@@ -358,6 +367,7 @@ class RecurrentLayers(nn.Module):
 
     def _run(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
         """Every layer over [B, T, input_size]."""
+        _check_dtype(x, self)
         x = _real(x, mark_tokens(x.shape[1], x.shape[0], lengths, None, x.device)[0])  # norms and residuals read it too
         states = self._split(state, x.shape[0])
         after: list[Any] = []
@@ -382,10 +392,11 @@ class RecurrentLayers(nn.Module):
         if state is None:
             return [None] * len(self.cells)
         state_class = self.cell_class.state_class
-        if len(state) != len(state_class._fields) or {x.shape[:2] for x in state} != {(len(self.cells), B)}:
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in state]
+        if len(state) != len(state_class._fields) or {shape[:2] for shape in shapes} != {(len(self.cells), B)}:
             raise ValueError(
                 f"`state` must hold {', '.join(state_class._fields)}, each [{len(self.cells)}, {B}, ...]: layers times "
-                f"directions, then rows; got {[tuple(x.shape) for x in state]}. Pass what the last call returned."
+                f"directions, then rows; got {shapes}. Pass what the last call returned."
             )
         return [state_class(*tensors) for tensors in zip(*(x.unbind(0) for x in state), strict=True)]
 
@@ -459,13 +470,27 @@ class mLSTM(nn.Module):  # PyxLSTM's spelling
     def __init__(self, input_size: int, hidden_size: int, num_layers: int, dropout: float = 0.0):
         super().__init__()
         self.layers = self.layers_class(input_size, hidden_size, num_layers, dropout=dropout)
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+
+    def init_hidden(self, batch_size: int) -> list[Any]:
+        """The state of each layer before any token."""
+        return self._by_layer(self.layers.init_hidden(batch_size))
 
     def forward(self, input_seq: Tensor, hidden_state: Any = None) -> tuple[Tensor, list[Any]]:
         state_class = self.layers.cell_class.state_class
         if hidden_state is not None:
+            counts = [len(state) for state in hidden_state]
+            if counts != [len(state_class._fields)] * self.num_layers:
+                raise ValueError(
+                    f"`hidden_state` must hold an {state_class.__name__} for each of {self.num_layers} layers; got "
+                    f"{counts} tensors. Pass what the last call returned."
+                )
             hidden_state = state_class(*(torch.stack(tensors) for tensors in zip(*hidden_state, strict=True)))
         outputs, state = self.layers(input_seq, hidden_state)
-        return outputs, [state_class(*tensors) for tensors in zip(*state, strict=True)]
+        return outputs, self._by_layer(state)
+
+    def _by_layer(self, state: Any) -> list[Any]:
+        return [self.layers.cell_class.state_class(*tensors) for tensors in zip(*state, strict=True)]
 
 
 class sLSTM(mLSTM):

@@ -226,6 +226,8 @@ class XLSTMTrainer(ResumableTrainer):
         """As in Trainer, but of what the model's loss counts."""
         if self._is_language_model and all("labels" in batch for batch in batch_samples):
             batch_samples = [{**batch, "shift_labels": next_labels(batch)} for batch in batch_samples]
+        else:
+            batch_samples = [without_padded_labels(batch) for batch in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -253,6 +255,8 @@ class XLSTMTrainer(ResumableTrainer):
         if self.compute_loss_func == self._smoothed and "labels" in inputs:
             shifted = next_labels(inputs)  # what a function of the labels alone cannot know
             inputs = {**inputs, "labels": shifted, "shift_labels": shifted}
+        elif not self._is_language_model:
+            inputs = without_padded_labels(inputs)
         if not self.z_loss or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         predicted = next_labels(inputs) != IGNORED  # first, for Trainer takes the labels out for a function of its own
@@ -264,6 +268,14 @@ class XLSTMTrainer(ResumableTrainer):
             squares = squares * self.accelerator.num_processes
         loss = loss + self.z_loss * squares / items
         return (loss, outputs) if return_outputs else loss
+
+
+def without_padded_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The batch of a classifier; the labels of tokens, [B, T], are left out at padding, as the model's loss does."""
+    labels, mask = inputs.get("labels"), inputs.get("attention_mask")
+    if labels is None or mask is None or labels.shape != mask.shape or labels.is_floating_point():
+        return inputs
+    return {**inputs, "labels": labels.masked_fill(mask == 0, IGNORED)}
 
 
 def next_labels(inputs: dict[str, Any]) -> Tensor:

@@ -130,3 +130,10 @@ def test_pyxlstm_calls_return_a_state_per_layer_and_take_it_back(module: Any, st
     first, hidden_states = model(x[:, :4])
     second, after = model(x[:, 4:], hidden_states)
     assert_same((torch.cat([first, second], 1), [list(s) for s in after]), (whole, [list(s) for s in end]))
+    assert_identical(model(x, model.init_hidden(2))[0], whole)
+    assert (model.hidden_size, model.num_layers) == (8, 2)
+    for wrong in ([], [end[0]], [(x, x)] * 2):
+        with pytest.raises(
+            ValueError, match=f"must hold an {state_class.__name__} for each of 2 layers"
+        ):
+            model(x, wrong)

@@ -540,6 +540,12 @@ def test_labels_at_padding_change_neither_loss_nor_gradients_of_a_token_classifi
         assert_same(results(padded, mask, labels=torch.nn.functional.pad(labels, padding, value=fill)), wanted)
 
 
+def test_labels_of_tokens_may_be_a_slice() -> None:
+    model, ids = tiny_model(XLSTMForTokenClassification, num_labels=5), tokens(2, 6)
+    labels = torch.randint(0, 5, (2, 7))[:, 1:]
+    assert_identical(model(ids, labels=labels).loss, model(ids, labels=labels.clone()).loss)
+
+
 def test_shifted_labels_alone_have_a_loss() -> None:
     model, ids = tiny_model(XLSTMForCausalLM), tokens(2, 6)
     shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)

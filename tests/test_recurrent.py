@@ -285,6 +285,14 @@ def test_bad_sizes_and_gates_are_named(module: Any, arguments: dict[str, Any], m
 
 
 @MODULES
+def test_lengths_may_be_of_any_integers(module: Any) -> None:
+    rnn, x, lengths = make(module, 5, 8, bidirectional=True), frames(2, 200), torch.tensor([100, 0])
+    expected = rnn(x, lengths=lengths)
+    for dtype in (torch.int8, torch.uint8, torch.int16):
+        assert_identical(list(rnn(x, lengths=lengths.to(dtype))), list(expected))
+
+
+@MODULES
 def test_bad_inputs_are_named(module: Any) -> None:
     rnn, x = make(module, 5, 8, 2), frames()
     with pytest.raises(ValueError, match=r"`inputs` must be \[B, T, 5\]; got shape \(3, 7, 4\)"):
@@ -308,5 +316,11 @@ def test_bad_inputs_are_named(module: Any) -> None:
         rnn.cells[0](x[:, 0], (torch.zeros(3, 8), torch.zeros(3, 8)))
     with pytest.raises(ValueError, match=r"`lengths` must be from 0 to T = 7; got \[7, 9, 1\]"):
         rnn(x, lengths=torch.tensor([7, 9, 1]))
+    with pytest.raises(ValueError, match=r"`inputs` must be torch\.float64 as the weights are; got torch\.float32"):
+        rnn(x.float())
+    with pytest.raises(ValueError, match=r"`inputs` must be \[B, T, 5\]; got shape \(3, 7, 4\)"):
+        make(module, 5, 8, input_norm=True)(pack_padded_sequence(frames(width=4), torch.tensor([7] * 3), True))
+    with pytest.raises(ValueError, match=r"each \[2, 3, ...\]: layers times .* got \['.*State', '.*State'"):
+        rnn(x, [rnn.init_hidden(3)] * len(module.cell_class.state_class._fields))
     with pytest.raises(ValueError, match="knows its lengths"):
         rnn(pack_padded_sequence(x, torch.tensor([7, 7, 7]), batch_first=True), lengths=torch.tensor([7, 7, 7]))

@@ -89,6 +89,13 @@ def test_what_reads_frames_is_the_input_embedding_of_a_model_without_ids(model_c
     assert model(input_features=frames())[0].requires_grad
 
 
+def test_a_model_of_half_precision_rounds_frames_and_none_takes_wider_ones() -> None:
+    model, x = tiny_model(XLSTMForTokenClassification, input_size=3, vocab_size=0).bfloat16(), frames().float()
+    assert_identical(model(input_features=x).logits, model(input_features=x.bfloat16()).logits)
+    with pytest.raises(ValueError, match=r"`input_features` must be float32 .* got torch\.float64. Use `.float\(\)`"):
+        model.float()(input_features=x.double())
+
+
 def test_every_token_of_frames_can_be_labelled() -> None:
     model = tiny_model(XLSTMForTokenClassification, input_size=3, vocab_size=0, num_labels=4)
     assert model(input_features=frames()).logits.shape == (2, 9, 4)

@@ -134,6 +134,17 @@ def test_classifiers_train_the_same_however_rows_are_accumulated(
     assert_same(torch.tensor(parts), torch.tensor(whole), FLOAT32)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_labels_at_padding_count_in_no_loss_of_a_token_classifiers_trainer(smoothing: float, tmp_path: Path) -> None:
+    model, data = tiny_model(XLSTMForTokenClassification), described("right padding")
+    for row in data:
+        row["labels"] = row["input_ids"] % 2
+    ignored = [{**row, "labels": row["labels"].masked_fill(row["attention_mask"] == 0, -100)} for row in data]
+    options = {"label_smoothing_factor": smoothing}
+    actual, expected = (trained_once(XLSTMTrainer, model, rows, tmp_path, 2, **options) for rows in (data, ignored))
+    assert_same(torch.tensor(actual), torch.tensor(expected), FLOAT32)
+
+
 @pytest.mark.parametrize("model_class", [XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMForTokenClassification])
 def test_trainer_leaves_every_model_with_a_head_its_columns(model_class: Any, tmp_path: Path) -> None:
     model = tiny_model(model_class, input_size=3, vocab_size=61)
