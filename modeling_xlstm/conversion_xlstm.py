@@ -234,7 +234,8 @@ def _read_transformers(given: Mapping[str, Any]) -> XLSTMConfig:
     large = {name: value for name, value in given.items() if name in known} | {"add_out_norm": True}
     for name, alias in TRANSFORMERS_ALIASES.items():
         values = [given[key] for key in (name, alias) if given.get(key) is not None]
-        if values[1:] not in ([], values[:1]):
+        # Its model has `num_blocks` blocks; its class leaves the other name at the default of 32.
+        if name != "num_blocks" and values[1:] not in ([], values[:1]):
             raise ValueError(f"`{alias}` and `{name}` must be one number; got {given[alias]} and {given[name]}.")
         large[name] = values[0] if values else TRANSFORMERS.defaults[name]
     return _read_large(large, TRANSFORMERS)
