@@ -82,12 +82,12 @@ NEURIPS_SLSTM = Section(
     defaults={"num_heads": 4},
     fixed={
         "function": "slstm", "num_gates": 4, "num_states": 4, "forward_clipval": None, "gradient_recurrent_cut": False,
-        "gradient_recurrent_clipval": None, "initial_val": 0.0,
+        "gradient_recurrent_clipval": None, "initial_val": 0.0, "input_shape": "BSGNH", "output_shape": "BNSH",
     },
     ignored=frozenset({
         "backend", "batch_size", "constants", "dropout", "dtype", "dtype_a", "dtype_b", "dtype_g", "dtype_r", "dtype_s",
-        "dtype_w", "embedding_dim", "enable_automatic_mixed_precision", "hidden_size", "input_shape",
-        "internal_input_shape", "output_shape", "_block_idx", "_num_blocks",
+        "dtype_w", "embedding_dim", "enable_automatic_mixed_precision", "hidden_size", "internal_input_shape",
+        "_block_idx", "_num_blocks",
     }),
     written={"backend": "vanilla"},
 )

@@ -504,6 +504,8 @@ class TestRefusedConfigurations:
             ("neurips", slstm(gradient_recurrent_cut=True), "gradient_recurrent_cut` must be False"),
             ("neurips", slstm(gradient_recurrent_clipval=1.0), "gradient_recurrent_clipval` must"),
             ("neurips", slstm(initial_val=1.0), "initial_val` must be 0.0; got 1.0"),
+            ("neurips", slstm(input_shape="SBGNH"), "input_shape` must be 'BSGNH'; got 'SBGNH'"),
+            ("neurips", slstm(output_shape="SBNH"), "output_shape` must be 'BNSH'; got 'SBNH'"),
             ("neurips", ffn(act_fn="tanh"), "feedforward.act_fn` must be one of .* got 'tanh'"),
             ("neurips", ffn(ff_type="ffn"), "feedforward.ff_type` must be 'ffn_gated'"),
             ("neurips", {"slstm_block": None}, "`slstm_block` must describe the sLSTM blocks of '0,1'; got None"),
