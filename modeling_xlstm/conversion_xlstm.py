@@ -277,7 +277,7 @@ def plan_from(family: str, config: Mapping[str, Any], shapes: Mapping[str, Shape
     ours = read(config)
     if family == "neurips" and any(is_cuda(name, shape) for name, shape in shapes.items()):
         weight_mode = "cuda"
-    links = model_links(family, ours, shapes, weight_mode)
+    links = model_links(family, ours, shapes, weight_mode, to_ours=True)
     check_shapes(shapes, {link.theirs: link.official_shape for link in links if not link.zero})
     return ours, links
 
@@ -288,7 +288,7 @@ def plan_to(
     """The official configuration, and the links whose `join` gives its tensors; as `convert_to`, of shapes."""
     _, write = _choose(family, weight_mode)
     official = write(config, weight_mode)
-    links = model_links(family, config, shapes, weight_mode)
+    links = model_links(family, config, shapes, weight_mode, to_ours=False)
     check_shapes(shapes, {name: shape for link in links for name, shape in link.ours.items()})
     return official, links
 
@@ -299,8 +299,8 @@ def convert_from(family: str, config: Mapping[str, Any], weights: Weights) -> tu
     Args:
         family: "neurips", "large" or "transformers".
         config: the official configuration as a dictionary; names left out have the package's defaults.
-        weights: the official state dict; of tied weights `lm_head.weight` may be left out. sLSTM cells may be stored
-            as the vanilla or the CUDA backend does.
+        weights: the official state dict; of tied weights either may be left out, and the result then has the
+            embedding only. sLSTM cells may be stored as the vanilla or the CUDA backend does.
 
     Returns:
         result: configuration, and weights by our names; tensors that need no change are those passed in, none modified.
@@ -324,7 +324,7 @@ def convert_to(
     Args:
         family: "neurips", "large" or "transformers".
         config: our configuration.
-        weights: our state dict; of tied weights `lm_head.weight` may be left out, and is then left out of the result.
+        weights: our state dict; of tied weights either may be left out, and the result then has the embedding only.
         weight_mode: "single" or "fused" projections, of the large and transformers families.
 
     Returns:

@@ -163,14 +163,17 @@ def _large_block(config: XLSTMConfig, weight_mode: str) -> Iterator[Link]:
     yield from _links("mlstm_layer.multihead_norm", {"mixer.cell.norm": (V,)}, bias)
 
 
-def model_links(family: str, config: XLSTMConfig, names: Container[str], weight_mode: str) -> list[Link]:
+def model_links(
+    family: str, config: XLSTMConfig, names: Container[str], weight_mode: str, *, to_ours: bool
+) -> list[Link]:
     """The links of a whole model, the embedding first.
 
     Args:
         family: "neurips", "large" or "transformers".
         config: our configuration.
-        names: of the tensors at hand; they tell whether a tied head is stored.
+        names: of the tensors at hand; they tell whether a tied head is stored, or it alone.
         weight_mode: "single", "fused" (large, transformers) or "cuda" (neurips: sLSTM cells as that backend has them).
+        to_ours: whether `names` are official ones.
     """
     V, D, (embedding, blocks, last_norm) = config.vocab_size, config.hidden_size, MODULES[family]
     links = list(_links(embedding, {"model.embed_tokens": (V, D)}))
@@ -183,8 +186,12 @@ def model_links(family: str, config: XLSTMConfig, names: Container[str], weight_
         norm = list(_links(last_norm, {"model.norm": (D,)}, config.norm_bias))
         # The last norm of transformers' model never has a bias.
         links += [x._replace(zero=family == "transformers" and x.theirs.endswith(".bias")) for x in norm]
-    if not config.tie_word_embeddings or HEAD in names:
-        tied = (f"{embedding}.weight", "model.embed_tokens.weight") if config.tie_word_embeddings else None
+    both = f"{embedding}.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and HEAD in names and both[0 if to_ours else 1] not in names:
+        # safetensors' `save_model` keeps one name of what is shared, the first in the alphabet: the head's.
+        links[0] = links[0]._replace(**{"theirs": HEAD} if to_ours else {"ours": {HEAD: (V, D)}})
+    elif not config.tie_word_embeddings or HEAD in names:
+        tied = both if config.tie_word_embeddings else None
         links += [link._replace(tied=tied) for link in _links("lm_head", {"lm_head": (V, D)})]
     return links
 

@@ -213,6 +213,16 @@ class TestNeurips:
         assert_identical(convert_to("neurips", config, weights)[1], case.weights)
 
     @pytest.mark.parametrize("name", TIED)
+    def test_a_tied_head_stored_alone_is_the_embedding_both_ways(self, name: str) -> None:
+        case = load_case(name)
+        config, weights = convert_from("neurips", case.config, case.weights)
+        alone = dict(case.weights)
+        alone["lm_head.weight"] = alone.pop(EMBEDDING["neurips"])
+        assert_identical(convert_from("neurips", case.config, alone)[1], weights)
+        weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+        assert_identical(convert_to("neurips", config, weights)[1], case.weights)
+
+    @pytest.mark.parametrize("name", TIED)
     def test_a_tied_head_of_other_values_is_refused(self, name: str) -> None:
         case = load_case(name)
         other = {**case.weights, "lm_head.weight": case.weights[EMBEDDING["neurips"]] + 1}
