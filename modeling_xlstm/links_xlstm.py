@@ -196,6 +196,10 @@ def model_links(
     return links
 
 
+def _some(names: list[str]) -> str:
+    return "; ".join(names[:3] + ["..."] * (len(names) > 3))
+
+
 def check_shapes(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:
     """Raise unless the weights have exactly the names and shapes wanted."""
     faults = {
@@ -207,7 +211,14 @@ def check_shapes(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> No
             if name in shapes and tuple(shapes[name]) != shape
         ],
     }
-    found = [f"{len(names)} {fault} ({'; '.join(names[:20])})" for fault, names in faults.items() if names]
+    prefixes = {name.removesuffix(x) for x in faults["missing"][:1] for name in faults["unused"] if name.endswith(x)}
+    for prefix in sorted(prefixes):
+        if prefix.endswith(".") and all(prefix + name in shapes for name in faults["missing"]):
+            raise ValueError(
+                f"`weights` must have the model's own names; got them with `{prefix}` before them, as wrappers such as "
+                f"DistributedDataParallel store them. Take it off with `name.removeprefix({prefix!r})`."
+            )
+    found = [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]
     if found:
         raise ValueError(
             f"`weights` must be what the configuration says; got {', '.join(found)}. Check which is right."

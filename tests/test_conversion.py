@@ -488,6 +488,22 @@ class TestRefusedWeights:
                 convert_to(family, config, {**weights, wrong: x[None]})
             assert f"({wrong} {list(x[None].shape)}, wanted {list(x.shape)})" in str(error.value)
 
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+    @FAMILIES
+    def test_a_prefix_of_all_names_is_named_alone(self, family: str, prefix: str) -> None:
+        ours, weights, official, official_weights = pair(family)
+        message = rf"with `{prefix}` before them.*removeprefix\('{prefix}'\)`\.$"
+        with pytest.raises(ValueError, match=message):
+            convert_from(family, official, {prefix + name: x for name, x in official_weights.items()})
+        with pytest.raises(ValueError, match=message):
+            convert_to(family, ours, {prefix + name: x for name, x in weights.items()})
+
+    @FAMILIES
+    def test_of_many_names_three_are_listed(self, family: str) -> None:
+        *_, config, weights = pair(family)
+        with pytest.raises(ValueError, match=rf"got {len(weights)} missing \(([^;]+; ){{3}}\.\.\.\)\. Check"):
+            convert_from(family, config, {})
+
     @pytest.mark.parametrize("num_blocks", [1, 3])
     @pytest.mark.parametrize("family", ["large", "transformers"])
     def test_another_number_of_blocks_is_refused(self, family: str, num_blocks: int) -> None:
