@@ -140,8 +140,14 @@ LARGE_NEEDS = {
 # fmt: on
 
 
+def _check_dictionary(name: str, given: Any, way_out: str) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"`{name}` must be a dictionary; got {type(given).__name__}. Pass {way_out}.")
+
+
 def _read(section: Section, given: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Our fields from one dictionary of an official configuration; `path` precedes its names in messages."""
+    _check_dictionary(path.rstrip("."), given, "what `dataclasses.asdict` makes of it, or `{}`")
     known = {*section.fields, *section.fixed, *section.ignored}
     if unknown := sorted(set(given) - known):
         raise ValueError(f"`{path}{unknown[0]}` must be one of {sorted(known)}. Correct the name, or leave it out.")
@@ -270,8 +276,14 @@ def _choose(family: str, weight_mode: str) -> tuple[Reader, Writer]:
     return FAMILIES[family]
 
 
+def _shapes(weights: Weights) -> dict[str, Shape]:
+    _check_dictionary("weights", weights, "the `state_dict()` of the model")
+    return {name: tuple(x.shape) for name, x in weights.items()}
+
+
 def plan_from(family: str, config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> tuple[XLSTMConfig, list[Link]]:
     """Our configuration, and the links whose `split` gives our tensors; as `convert_from`, of shapes."""
+    _check_dictionary("config", config, "its `to_dict()`, or what `dataclasses.asdict` makes of it")
     weight_mode = config.get("weight_mode", "single")
     read, _ = _choose(family, weight_mode)
     ours = read(config)
@@ -286,6 +298,8 @@ def plan_to(
     family: str, config: XLSTMConfig, shapes: Mapping[str, Shape], *, weight_mode: str = "single"
 ) -> tuple[dict[str, Any], list[Link]]:
     """The official configuration, and the links whose `join` gives its tensors; as `convert_to`, of shapes."""
+    if isinstance(config, Mapping):
+        raise TypeError(f"`config` must be an XLSTMConfig; got {type(config).__name__}. Pass `XLSTMConfig(**config)`.")
     _, write = _choose(family, weight_mode)
     official = write(config, weight_mode)
     links = model_links(family, config, shapes, weight_mode, to_ours=False)
@@ -308,9 +322,10 @@ def convert_from(family: str, config: Mapping[str, Any], weights: Weights) -> tu
     Raises:
         ValueError: the family is unknown, our models cannot express the configuration, or tensors are unused, missing
             or of another shape.
+        TypeError: the configuration, a part of it or the weights are no dictionary.
         StrictDataclassError: a value is none that `XLSTMConfig` takes.
     """
-    ours, links = plan_from(family, config, {name: tuple(x.shape) for name, x in weights.items()})
+    ours, links = plan_from(family, config, _shapes(weights))
     return ours, {name: x for link in links for name, x in link.split(weights).items()}
 
 
@@ -334,7 +349,7 @@ def convert_to(
     Raises:
         ValueError: the family or weight mode is unknown, the family cannot express the model, or tensors are unused,
             missing or of another shape.
+        TypeError: the configuration is a dictionary, or the weights are none.
     """
-    shapes = {name: tuple(x.shape) for name, x in weights.items()}
-    official, links = plan_to(family, config, shapes, weight_mode=weight_mode)
+    official, links = plan_to(family, config, _shapes(weights), weight_mode=weight_mode)
     return official, {name: x for link in links for name, x in link.join(weights).items()}

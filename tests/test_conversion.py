@@ -609,3 +609,20 @@ class TestRefusedConfigurations:
             convert_to("slstm", ours, weights)
         with pytest.raises(ValueError, match=r"`weight_mode` must be one of .* got 'fused'"):
             convert_to("neurips", ours, weights, weight_mode="fused")
+
+    def test_what_is_no_dictionary_or_is_one_instead_of_a_configuration_is_named_with_what_to_pass(self) -> None:
+        ours, weights, official, official_weights = pair("transformers")
+        model = XLSTMForCausalLM(ours)
+        with pytest.raises(TypeError, match=r"`config` must be a dictionary; got xLSTMConfig\. Pass .*`to_dict\(\)`"):
+            convert_from("transformers", xLSTMConfig(**official), official_weights)
+        with pytest.raises(TypeError, match=r"`weights` must be .* got XLSTMForCausalLM\. Pass .*`state_dict\(\)`"):
+            convert_from("transformers", official, model)
+        with pytest.raises(TypeError, match=r"`weights` must be .* got XLSTMForCausalLM\. Pass .*`state_dict\(\)`"):
+            convert_to("transformers", ours, model)
+        with pytest.raises(TypeError, match=r"`config` must be an XLSTMConfig; got dict\."):
+            convert_to("transformers", ours.to_dict(), weights)
+        *_, nested, nested_weights = pair("neurips")
+        with pytest.raises(TypeError, match=r"`mlstm_block\.mlstm` must be a dictionary; got NoneType\."):
+            convert_from("neurips", merge(nested, {"mlstm_block": {"mlstm": None}}), nested_weights)
+        with pytest.raises(TypeError, match=r"`slstm_block` must be a dictionary; got list\."):
+            convert_from("neurips", merge(nested, {"slstm_block": ["slstm"]}), nested_weights)
