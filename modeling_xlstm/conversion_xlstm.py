@@ -187,6 +187,14 @@ def _refuse(family: str, config: XLSTMConfig, needs: Mapping[str, Any]) -> None:
             )
 
 
+def _blocksize(fields: Mapping[str, Any]) -> Any:
+    """The width of the blocks; where the one asked for does not divide, the package has that of as many blocks."""
+    asked = fields.get("qkv_proj_blocksize", 4)
+    inner = XLSTMConfig(block_style="neurips", **{**fields, "qkv_proj_blocksize": 1}).inner_size
+    blocks = inner // asked if isinstance(asked, int) and asked > 0 else 0
+    return inner // blocks if blocks and inner % blocks == 0 else asked
+
+
 def _read_neurips(given: Mapping[str, Any]) -> XLSTMConfig:
     fields = _read(NEURIPS, given)
     mlstm_block, slstm_block = given.get("mlstm_block"), given.get("slstm_block")
@@ -206,6 +214,7 @@ def _read_neurips(given: Mapping[str, Any]) -> XLSTMConfig:
     if mlstm_block is not None and "mlstm" in types:
         _read(NEURIPS_BLOCK, mlstm_block, "mlstm_block.")
         fields |= _read(NEURIPS_MLSTM, mlstm_block.get("mlstm", {}), "mlstm_block.mlstm.")
+        fields["qkv_proj_blocksize"] = _blocksize(fields)
     if given.get("add_embedding_dropout", False):
         fields["embedding_dropout"] = fields.get("dropout", 0.0)
     return XLSTMConfig(block_style="neurips", block_types=types, **fields)

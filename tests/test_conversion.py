@@ -248,6 +248,19 @@ class TestNeurips:
         assert config.block_types == types
         assert config.to_dict() == ours.to_dict()
 
+    @pytest.mark.parametrize(("asked", "width"), [(16, 18), (14, 18), (24, 36), (9, 9)])
+    def test_blocks_of_a_width_that_does_not_divide_are_as_many_as_the_package_makes(
+        self, asked: int, width: int
+    ) -> None:
+        sizes = {**SMALL, "hidden_size": 24, "proj_factor": 1.5, "proj_round_up_to_multiple_of": 1}
+        ours = XLSTMConfig(block_style="neurips", qkv_proj_blocksize=width, **sizes)
+        weights = random_weights(ours)
+        official, official_weights = convert_to("neurips", ours, weights)
+        change = {"mlstm_block": {"mlstm": {"qkv_proj_blocksize": asked}}}
+        config, back = convert_from("neurips", merge(official, change), official_weights)
+        assert config.to_dict() == ours.to_dict()
+        assert_identical(back, weights)
+
     def test_dropout_reaches_the_embedding_only_where_it_is_asked_for(self) -> None:
         *_, config, weights = pair("neurips")
         for asked, expected in ((True, 0.25), (False, 0.0)):
