@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from modeling_xlstm.costs_xlstm import known_peak_flops, measured_peak_flops
@@ -31,6 +32,14 @@ class Run(XLSTMTrainer):
     costs = Costs(0, None)
     gates: GateStatistics | None = None
     started: tuple[float, float] | None = None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As in Trainer, but all rows: those that training drops are part of what bits per byte are of."""
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropped
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; the gates are watched in steps that are logged."""

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,17 @@ def test_a_run_leaves_a_checkpoint_that_loads_and_the_bits_per_byte_of_the_held_
     for name in ("grad_norm", "mfu", "peak_memory_mb", "gates/00_mlstm/forget_mean", "gates/01_slstm/input_max"):
         assert logged(folder, name) != 0
     assert list(folder.glob("runs/*/events.out.tfevents.*")), "TensorBoard is told where it is installed"
+
+
+def test_the_last_batch_is_judged_where_training_drops_it(script: ModuleType) -> None:
+    """Of the held-out rows, which are no multiple of 4, and which are fewer than 90."""
+    judged = []
+    for words in (["--dataloader_drop_last", "false"], ["--dataloader_drop_last"]):
+        for rows in ("4", "90"):
+            run(script, "--max_steps", "2", "--per_device_eval_batch_size", rows, *words)
+            judged.append([logged(Path("run"), name) for name in ("eval_predicted_tokens", "eval_bits_per_byte")])
+            shutil.rmtree("run")
+    assert_same(torch.tensor(judged), torch.tensor(judged[:1] * 4), FLOAT32)
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
