@@ -323,8 +323,8 @@ def train(settings: TrainingArguments, run: RunArguments) -> None:
     if trainer.costs.peak is None:
         say("MFU        not logged: this device is in no table; give its best with --peak_flops")
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+    trainer.save_model(str(folder))  # first, for --bf16_full_eval rounds the weights that it judges in place
     facts = trainer.evaluate()
-    trainer.save_model(str(folder))
     trainer.save_state()
     if settings.process_index == 0:
         draw_losses(trainer.state.log_history, folder / "loss.png")

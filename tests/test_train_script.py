@@ -124,6 +124,11 @@ def test_the_last_batch_is_judged_where_training_drops_it(script: ModuleType) ->
     assert_same(torch.tensor(judged), torch.tensor(judged[:1] * 4), FLOAT32)
 
 
+def test_a_model_that_is_judged_in_half_precision_is_saved_as_it_was_trained(script: ModuleType) -> None:
+    run(script, "--max_steps", "2", "--bf16_full_eval")
+    assert_identical(load_file("run/model.safetensors"), load_file("run/checkpoint-2/model.safetensors"))
+
+
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     places = {"PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
