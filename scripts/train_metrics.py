@@ -17,6 +17,9 @@ from modeling_xlstm.costs_xlstm import known_peak_flops, measured_peak_flops
 from modeling_xlstm.gates_xlstm import GateStatistics
 from modeling_xlstm.training_xlstm import CarriedStateTrainer, XLSTMTrainer
 
+# Of what is logged of the held-out text, beside the loss.
+LESS_IS_BETTER = ("nats", "nats_per_token", "bits_per_byte")
+
 
 class Costs(NamedTuple):
     """What a token costs in training, and how many operations one device can do in a second; None if unknown."""

@@ -129,6 +129,33 @@ def test_a_model_that_is_judged_in_half_precision_is_saved_as_it_was_trained(scr
     assert_identical(load_file("run/model.safetensors"), load_file("run/checkpoint-2/model.safetensors"))
 
 
+def test_the_best_model_is_that_of_the_fewest_bits_per_byte(script: ModuleType) -> None:
+    steps = ["--max_steps", "6", "--save_steps", "2", "--eval_steps", "2", "--eval_strategy", "steps"]
+    run(script, *steps, "--load_best_model_at_end", "--metric_for_best_model", "eval_bits_per_byte")
+    state = json.loads(Path("run/trainer_state.json").read_text("utf-8"))
+    judged = [entry["eval_bits_per_byte"] for entry in state["log_history"] if "eval_bits_per_byte" in entry]
+    assert len(set(judged)) == 3, "after 2, 4 and 6 steps, and the best again"
+    assert state["best_metric"] == min(judged)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["bits_per_byte"], False),
+        (["eval_nats_per_token"], False),
+        (["eval_loss"], False),
+        (["eval_nats", "--greater_is_better", "true"], True),
+        (["eval_nats", "--greater_is_better=true"], True),
+        (["eval_predicted_tokens"], True),
+    ],
+)
+def test_less_is_better_of_nats_and_bits_unless_it_is_said_otherwise(
+    words: list[str], wanted: bool, script: ModuleType
+) -> None:
+    settings, _ = script.parse(["recipe.yaml", "--output_dir", "x", "--metric_for_best_model", *words])
+    assert settings.greater_is_better is wanted
+
+
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     places = {"PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
