@@ -242,8 +242,6 @@ def check(run: RunArguments, settings: TrainingArguments) -> None:
         raise WrongInput("`--carry_state` needs every lane's place in the text, which `--streaming` has not.")
     if run.streaming and settings.dataloader_num_workers > 1:
         raise WrongInput("`--streaming` takes one `--dataloader_num_workers` at most, for each would read every row.")
-    if settings.save_only_model:
-        raise WrongInput("`--save_only_model` leaves out what a killed training goes on from. Leave it out.")
     if run.block_size < 1:
         raise WrongInput(f"`--block_size` must be at least 1; got {run.block_size}.")
     if run.peak_flops is not None and not 0 < run.peak_flops < math.inf:
@@ -252,8 +250,15 @@ def check(run: RunArguments, settings: TrainingArguments) -> None:
     check_resumed(settings.resume_from_checkpoint, "the last one in `--output_dir` is taken")
     if Path(str(settings.output_dir)).is_file():
         raise WrongInput(f"`--output_dir` must name a folder; {settings.output_dir} is a file.")
-    if settings.prediction_loss_only:
-        raise WrongInput("`--prediction_loss_only` leaves out the nats that bits per byte are made of. Leave it out.")
+    nats = "the nats that bits per byte are made of"
+    faults = {
+        "--save_only_model` leaves out what a killed training goes on from": settings.save_only_model,
+        f"--prediction_loss_only` leaves out {nats}": settings.prediction_loss_only,
+        f"--eval_do_concat_batches false` keeps apart {nats}": not settings.eval_do_concat_batches,
+    }
+    for fault, is_given in faults.items():
+        if is_given:
+            raise WrongInput(f"`{fault}. Leave it out.")
 
 
 # Of TrainingArguments: what decides what is learnt. Of the numbers of steps, more may be asked for later.

@@ -260,6 +260,7 @@ def test_two_processes_train_to_the_weights_of_one(script: ModuleType, tmp_path:
         (["--text", "none.txt"], "`--text` must name files"),
         (["--text", "rows.jsonl", "--text_column", "body"], "a column `body` is needed; got"),
         (["--prediction_loss_only"], "`--prediction_loss_only` leaves out the nats"),
+        (["--eval_do_concat_batches", "false"], "`--eval_do_concat_batches false` keeps apart the nats"),
         (["--save_only_model"], "`--save_only_model` leaves out what a killed training goes on from"),
         (["--block_size", "0"], "`--block_size` must be at least 1; got 0"),
         (["--carry_state", "--per_device_train_batch_size", "90000"], "Text: .*lanes"),
