@@ -48,14 +48,24 @@ def bits_per_byte_in_one_piece(folder: Path, texts: list[str]) -> float:
     return nats / math.log(2) / count_bytes(texts)
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path, held_out_bytes: int) -> dict[str, Any]:
+    """The state that a run left; `judged` in it is the last evaluation."""
     path = folder / "trainer_state.json"
     if not path.is_file():
         raise SystemExit(
             f"compare_runs.py: {folder} must hold a finished run of scripts/train.py; no {path.name} there."
         )
     state: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return state
+    judged = [entry for entry in state["log_history"] if "eval_bits_per_byte" in entry]
+    if not judged:
+        raise SystemExit(f"compare_runs.py: {folder} has not been judged: its training has not ended.")
+    size = round(judged[-1]["eval_nats"] / math.log(2) / judged[-1]["eval_bits_per_byte"])
+    if size != held_out_bytes:
+        raise SystemExit(
+            f"compare_runs.py: {folder} must have been judged on this Python's standard library, of which "
+            f"{held_out_bytes:,} bytes are held out; got {size:,}. Train with --demo, under this Python."
+        )
+    return {**state, "judged": judged[-1]}
 
 
 def draw(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -84,26 +94,22 @@ def main() -> None:
     parser.add_argument("--plot", type=new_file, help="where to draw the losses")
     arguments = parser.parse_args()
     text = read_standard_library()
-    print(f"Held out   {len(text.held_out)} files, {count_bytes(text.held_out):,} bytes")
+    size = count_bytes(text.held_out)
+    states = {folder: read_run(folder, size) for folder in arguments.runs}
+    print(f"Held out   {len(text.held_out)} files, {size:,} bytes")
     for name, compress in (
         ("gzip -9", lambda x: gzip.compress(x, 9)),
         ("xz -9e", lambda x: lzma.compress(x, preset=9 | lzma.PRESET_EXTREME)),
     ):
         print(f"{name:10} {bits_per_byte_compressed(text.held_out, compress):.4f} bits per byte")
-    histories = {}
-    for folder in arguments.runs:
-        state = read_run(folder)
-        histories[str(folder)] = state["log_history"]
-        judged = [entry["eval_bits_per_byte"] for entry in state["log_history"] if "eval_bits_per_byte" in entry]
-        if not judged:
-            raise SystemExit(f"compare_runs.py: {folder} has not been judged: its training has not ended.")
+    for folder, state in states.items():
         one = ""
         if "extended_lstm" in (folder / "config.json").read_text("utf-8"):
             one = f", {bits_per_byte_in_one_piece(folder, text.held_out):.4f} in one piece"
         tokens = f"{state['num_input_tokens_seen']:,} tokens"
-        print(f"{folder.name:10} {judged[-1]:.4f} bits per byte after {tokens}{one}")
+        print(f"{folder.name:10} {state['judged']['eval_bits_per_byte']:.4f} bits per byte after {tokens}{one}")
     if arguments.plot:
-        draw(histories, arguments.plot)
+        draw({str(folder): state["log_history"] for folder, state in states.items()}, arguments.plot)
     print(f"Machine    {machine_in_words(describe_machine())}")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 import zlib
 from pathlib import Path
 
@@ -43,7 +45,35 @@ def test_a_compressor_gets_each_file_alone() -> None:
 
 def test_a_folder_without_a_finished_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="must hold a finished run"):
-        compare_runs.read_run(tmp_path)
+        compare_runs.read_run(tmp_path, 4)
+
+
+def write_run(folder: Path, *judged: dict[str, float]) -> Path:
+    """What a training leaves of its log."""
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": [{"loss": 1.0}, *judged]}), "utf-8")
+    return folder
+
+
+def test_a_run_that_was_judged_on_other_text_or_not_at_all_is_named_before_any_other_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = corpus.count_bytes(TEXTS)
+    monkeypatch.setattr(compare_runs, "read_standard_library", lambda: corpus.Text([], TEXTS, ""))
+    monkeypatch.setattr(compare_runs, "bits_per_byte_in_one_piece", None)  # which reads a model
+    monkeypatch.setattr(compare_runs, "bits_per_byte_compressed", None)
+    same, other = (
+        write_run(tmp_path / name, {"eval_nats": 3.7, "eval_bits_per_byte": 3.7 / math.log(2) / count})
+        for name, count in (("same", size), ("other", size + 1))
+    )
+    assert compare_runs.read_run(same, size)["judged"]["eval_nats"] == 3.7
+    for folder, message in (
+        (other, f"other must have been judged on .* {size:,} bytes are held out; got {size + 1:,}"),
+        (write_run(tmp_path / "unfinished"), "unfinished has not been judged"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["compare_runs.py", str(same), str(folder)])
+        with pytest.raises(SystemExit, match=message):
+            compare_runs.main()
 
 
 def test_of_a_run_that_logged_no_loss_what_is_held_out_is_drawn(
