@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from modeling_xlstm import XLSTMCache, XLSTMForCausalLM
 
 PIECE = 1000  # tokens of a float64 forward pass, and of the end that is compared
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def read_text(folder: Path, tokens: int) -> Tensor:
@@ -48,7 +49,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Drift of long decoding against float64.")
     parser.add_argument("checkpoint", type=checkpoint, help="folder with a model and its tokenizer")
     parser.add_argument("--tokens", type=positive, default=100_000, help="to read (default: %(default)s)")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="default: %(default)s")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: %(default)s"
+    )
     arguments = parser.parse_args()
     ids = read_text(arguments.checkpoint, arguments.tokens)
     exact, _ = last_logits(
