@@ -251,9 +251,12 @@ def load(arguments: argparse.Namespace) -> Writer:
     folder = arguments.checkpoint
     missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
     if missing:
+        way_out = "scripts/quickstart.py makes one."
+        if (folder / "adapter_config.json").is_file():
+            way_out = "It holds an adapter: merge that into its model, as docs/training.md shows."
         raise WrongInput(
             f"The checkpoint must be a folder with a model and its tokenizer; {folder} has no "
-            f"{' and no '.join(missing)}. scripts/quickstart.py makes one."
+            f"{' and no '.join(missing)}. {way_out}"
         )
     options: dict[str, Any] = {} if arguments.dtype is None else {"dtype": getattr(torch, arguments.dtype)}
     if arguments.quantization is not None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch.distributed as dist
 from flags import WrongInput
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser, ProgressCallback, TrainerState, TrainingArguments
+from transformers import AutoTokenizer, HfArgumentParser, ProgressCallback, TrainerState, TrainingArguments
+from transformers.utils import find_adapter_config_file
 
 LETTING_GO = 0.2  # seconds, a hundred times what a thread needs to drop a tensor
 
@@ -110,11 +111,23 @@ def differences(
 
 
 def load(word: str, auto_class: Any, name: str, **options: Any) -> Any:
-    """A checkpoint's model or tokenizer; `word` is how the caller names it."""
+    """A checkpoint's model or tokenizer; `word` is how the caller names it.
+
+    Raises:
+        WrongInput: there is none, or the model is an adapter: Transformers would load it over its own model, where one
+            method of tuning throws it away and the next finds nothing to train.
+    """
     try:
-        return auto_class.from_pretrained(name, trust_remote_code=True, **options)
+        is_adapter = auto_class is not AutoTokenizer and find_adapter_config_file(name) is not None
+        loaded = None if is_adapter else auto_class.from_pretrained(name, trust_remote_code=True, **options)
     except (OSError, StrictDataclassError, ValueError) as error:
         raise WrongInput(f"{word} must name a checkpoint's folder, or one of the Hub; {name}: {error}") from error
+    if is_adapter:
+        raise WrongInput(
+            f"{word} must name a model; {name} holds an adapter of one. Merge it into its model first, as "
+            "docs/training.md shows, or give the model's folder."
+        )
+    return loaded
 
 
 def step_of(checkpoint: Path) -> int:

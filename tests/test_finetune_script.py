@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -256,6 +257,23 @@ def test_examples_that_cannot_be_learnt_from_are_refused(words: list[str], messa
 def test_a_checkpoint_that_is_none_is_refused(script: ModuleType) -> None:
     with pytest.raises(script.WrongInput, match=r"first word must name a checkpoint's folder, or .*; nowhere"):
         script.run(*script.parse(["nowhere", "--data", "text.jsonl", "--use_cpu"]))
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "prompt", "state"])
+def test_an_adapter_is_no_model_to_tune(method: str, script: ModuleType) -> None:
+    tune(script, "--data", "text.jsonl", "--method", "lora", "--max_steps", "1", "--output_dir", "adapter")
+    words = ["--data", "text.jsonl", "--method", method, "--max_steps", "1", "--use_cpu", "--report_to", "none"]
+    with pytest.raises(script.WrongInput, match="must name a model; adapter holds an adapter of one"):
+        script.run(*script.parse(["adapter", *words]))
+
+
+def test_an_adapter_is_no_checkpoint_to_write_with(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import generate
+
+    tune(script, "--data", "text.jsonl", "--method", "lora", "--max_steps", "1")
+    monkeypatch.setattr(sys, "argv", ["generate.py", "out", "--prompt", "w5"])
+    with pytest.raises(SystemExit, match=r"out has no config\.json\. It holds an adapter: merge that into its model"):
+        generate.main()
 
 
 def test_a_chat_has_one_end_token_whether_its_template_writes_it_or_not(script: ModuleType) -> None:
