@@ -15,13 +15,14 @@ Many GPUs:
         --method full --output_dir out/chat
 
 The first word names the checkpoint. Rows of a .jsonl file hold `text`, or `prompt` and `completion`, of which the
-completion is learnt, or `messages` for the tokenizer's chat template, or that of --chat_template_path. All flags of
-TRL's SFTConfig apply. --method state and --method prompt write state.safetensors, which scripts/generate.py takes with
---load_state.
+completion is learnt, or `messages` for the tokenizer's chat template, or that of --chat_template_path, which is given
+`tools` and `chat_template_kwargs` of the row. All flags of TRL's SFTConfig apply. --method state and --method prompt
+write state.safetensors, which scripts/generate.py takes with --load_state.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -132,7 +133,9 @@ def encode(row: dict[str, Any], tokenizer: Any, longest: int | None) -> dict[str
     """Ids of one example with an end token, and what is learnt of it."""
     prompt: list[int] = []
     if "messages" in row:
-        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        text = tokenizer.apply_chat_template(row["messages"], tools=tools, tokenize=False, **options)
     else:
         prompt = tokenizer(row.get("prompt", ""), add_special_tokens=False).input_ids
         text = row["text"] if "text" in row else row["completion"]

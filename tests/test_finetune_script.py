@@ -286,6 +286,17 @@ def test_a_chat_has_one_end_token_whether_its_template_writes_it_or_not(script: 
     assert encoded[0].count(tokenizer.eos_token_id) == 1
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+def test_the_template_of_a_chat_is_given_tools_and_options_of_the_row(as_text: bool, script: ModuleType) -> None:
+    tools: Any = [{"type": "function", "function": {"name": "w9"}}]
+    row = {**ROWS["messages"], "tools": json.dumps(tools) if as_text else tools}
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{{ tools[0].function.name if tools }} {{ more }} " + TEMPLATE
+    assert script.encode({**row, "chat_template_kwargs": {"more": "w10"}}, tokenizer, 4)["input_ids"] == [9, 10, 5, 6]
+    assert script.encode({**row, "chat_template_kwargs": None}, tokenizer, 3)["input_ids"] == [9, 5, 6]
+    assert script.encode({**row, "tools": None}, tokenizer, 2)["input_ids"] == [5, 6]
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_fine_tuning_goes_on_from_a_checkpoint_to_its_last_step(method: str, script: ModuleType) -> None:
     words = ["--data", "text.jsonl", "--method", method, "--save_strategy", "steps", "--save_steps", "5"]
