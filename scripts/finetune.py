@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from flags import WrongInput
+from flags import WrongInput, make_folder
 from peft import LoraConfig, PeftConfig, PromptTuningConfig
 from runs import check_numbers, check_resumed, end_group, flag_parser, load, parse_flags, refusals
 from train_data import load_files
@@ -47,6 +47,7 @@ from modeling_xlstm.tuning_xlstm import StateTuner, lora_targets
 
 METHODS = ("full", "lora", "prompt", "state")
 KINDS = ({"text"}, {"prompt", "completion"}, {"messages"})  # of rows
+OF_CHATS = {"tools", "chat_template_kwargs"}  # columns that a template reads beside them
 
 
 class Tuning(ResumableTrainer, SFTTrainer):
@@ -106,7 +107,10 @@ def check(settings: SFTConfig, tune: TuneArguments) -> None:
 
 
 def read_examples(files: list[str]) -> Dataset:
-    """Rows of one kind, each of them whole."""
+    """Rows of one kind, each of them whole, without columns that are not learnt from.
+
+    TRL takes some of those for its own, such as `labels` and `input_ids`.
+    """
     rows = load_files("--data", files, "jsonl", split="train")
     named = {name for kind in KINDS for name in kind} & set(rows.column_names)
     if named not in KINDS:
@@ -114,15 +118,20 @@ def read_examples(files: list[str]) -> Dataset:
             "Rows of `--data` must hold `text`, `prompt` and `completion`, or `messages`, and not more than one of "
             f"these kinds; got {rows.column_names}. Leave out what is not to be learnt from, or rename it."
         )
+    kinds = set()
     for name in sorted(named):
         wanted = "a list of messages, each with a `role`" if name == "messages" else "text"
         for i, value in enumerate(rows[name], 1):
             is_text = isinstance(value, str) and name != "messages"
             if not is_text and not (is_chat(value) and name != "text"):
                 raise WrongInput(f"`{name}` in row {i} of `--data` must be {wanted}; got {value!r}.")
+            kinds.add(type(value))
+    if len(kinds) > 1:
+        raise WrongInput("`prompt` and `completion` of `--data` must all be text, or all messages; got both.")
     if "text" in named and not any(text.strip() for text in rows["text"]):
         raise WrongInput(f"`--data` must hold examples to learn; the text of all {len(rows)} is empty.")
-    return rows
+    learnt = named if str in kinds else named | OF_CHATS
+    return rows.select_columns([name for name in rows.column_names if name in learnt])
 
 
 def is_chat(value: Any) -> bool:
@@ -189,7 +198,6 @@ def write_state(cache: XLSTMCache, settings: SFTConfig) -> None:
     """Write, once among all processes, a state that texts go on from."""
     if settings.process_index == 0:
         path = Path(str(settings.output_dir)) / "state.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
         cache.detach_().save(path)
         print(f"Saved      {path}")
 
@@ -255,6 +263,7 @@ def load_tokenizer(checkpoint: str, settings: SFTConfig, chats: bool) -> Any:
 
 def run(checkpoint: str, settings: SFTConfig, tune: TuneArguments) -> None:
     rows = read_examples(tune.data)
+    make_folder(Path(str(settings.output_dir)), "--output_dir")
     set_seed(settings.seed)
     tokenizer = load_tokenizer(checkpoint, settings, "messages" in rows.column_names)
     model = load_model(checkpoint, settings, tune)

@@ -234,6 +234,8 @@ def test_of_a_chat_the_answers_alone_can_be_learnt(
             "`--neftune_noise_alpha` does not apply to",
         ),
         (["--data", "talks.jsonl", "--method", "state"], "`prompt` and `completion` must be text; got messages"),
+        (["--data", "halves.jsonl"], "must all be text, or all messages; got both"),
+        (["--data", "text.jsonl", "--output_dir", "text.jsonl"], "`--output_dir` must name a folder that can be made"),
         (["--data", "other.jsonl"], r"must hold `text`, .* not more than one of these kinds; got \['body'\]"),
     ],
 )
@@ -246,6 +248,7 @@ def test_examples_that_cannot_be_learnt_from_are_refused(words: list[str], messa
         "null": [{"text": "w5"}, {"text": None}],
         "number": [{"text": 5}],
         "chat": [{"messages": "w5"}],
+        "halves": [{**ROWS["completion"], "completion": ROWS["messages"]["messages"][1:]}],
         "talks": [{"prompt": ROWS["messages"]["messages"][:1], "completion": ROWS["messages"]["messages"][1:]}],
     }
     for name, lines in rows.items():
@@ -284,6 +287,17 @@ def test_a_chat_has_one_end_token_whether_its_template_writes_it_or_not(script: 
         encoded.append(script.encode(row, tokenizer, None)["input_ids"])
     assert encoded[0] == encoded[1]
     assert encoded[0].count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_columns_that_are_not_learnt_from_change_nothing(kind: str, script: ModuleType) -> None:
+    foreign = {"labels": 1, "input_ids": [7, 7], "attention_mask": [1, 0], "id": "a"}
+    of_chats = {"chat_template_kwargs": {"more": "w9"}} if kind == "messages" else {"tools": "saws"}
+    Path("foreign.jsonl").write_text((json.dumps({**ROWS[kind], **foreign, **of_chats}) + "\n") * 8, "utf-8")
+    assert {"labels", "id"}.isdisjoint(script.read_examples(["foreign.jsonl"]).column_names)
+    for data in (kind, "foreign"):
+        tune(script, "--data", f"{data}.jsonl", "--method", "full", "--max_steps", "2", "--output_dir", data)
+    assert_identical(load_file(f"{kind}/model.safetensors"), load_file("foreign/model.safetensors"))
 
 
 @pytest.mark.parametrize("as_text", [False, True])
