@@ -161,6 +161,15 @@ def refuse(settings: SFTConfig, names: Sequence[str], why: str) -> None:
             raise WrongInput(f"`--{name}` does not apply to {why}. Leave it out.")
 
 
+def check_learnt(learnt: Any, rows: Dataset, settings: SFTConfig) -> None:
+    """Raise WrongInput where of all rows nothing is learnt."""
+    if not len(learnt):
+        raise WrongInput(
+            f"`--data` must leave something to learn; all {len(rows)} examples are empty, or their prompts fill "
+            f"--max_length {settings.max_length}."
+        )
+
+
 def tune_states(model: Any, tokenizer: Any, rows: Dataset, settings: SFTConfig) -> None:
     """Train the states only, and write them."""
     rowwise = ("packing", "padding_free", "assistant_only_loss")
@@ -172,13 +181,10 @@ def tune_states(model: Any, tokenizer: Any, rows: Dataset, settings: SFTConfig) 
         refuse(settings, ("completion_only_loss",), "--method state: of a prompt nothing is learnt")
     if "prompt" in rows.column_names and not all(isinstance(row["prompt"], str) for row in rows):
         raise WrongInput("For --method state `prompt` and `completion` must be text; got messages. Use `messages`.")
-    examples = [encode(row, tokenizer, settings.max_length) for row in rows]
+    with refusals():
+        examples = [encode(row, tokenizer, settings.max_length) for row in rows]
     learnt = [example for example in examples if any(label != -100 for label in example["labels"][1:])]
-    if not learnt:
-        raise WrongInput(
-            f"`--data` must leave something to learn; all {len(examples)} examples are empty, or their prompts fill "
-            f"--max_length {settings.max_length}."
-        )
+    check_learnt(learnt, rows, settings)
     if len(learnt) < len(examples):
         print(f"Left out   {len(examples) - len(learnt):,} of {len(examples):,} examples, of which nothing is learnt")
     tuner = StateTuner(model, [tokenizer.eos_token_id])
@@ -223,6 +229,7 @@ def tune_weights(model: Any, tokenizer: Any, rows: Dataset, settings: SFTConfig,
     added = adapters(model, settings, tune)
     with refusals():
         trainer = Tuning(model, settings, train_dataset=rows, processing_class=tokenizer, peft_config=added)
+    check_learnt(trainer.train_dataset, rows, settings)
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
     trainer.save_model(str(settings.output_dir))
     if tune.method == "prompt":

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from flags import WrongInput
 from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, HfArgumentParser, ProgressCallback, TrainerState, TrainingArguments
 from transformers.utils import find_adapter_config_file
 
@@ -84,8 +85,8 @@ def refusals() -> Iterator[None]:
     """Where a trainer is made: what it refuses of flags and rows is for the caller to mend."""
     try:
         yield
-    except (ImportError, ValueError) as error:
-        raise WrongInput(f"These flags cannot be followed: {error}") from error
+    except (ImportError, RuntimeError, TemplateError, TypeError, ValueError) as error:
+        raise WrongInput(f"These flags and rows cannot be followed: {error}") from error
 
 
 def check_resumed(chosen: str | None, without: str) -> None:

@@ -234,6 +234,7 @@ def test_of_a_chat_the_answers_alone_can_be_learnt(
             "`--neftune_noise_alpha` does not apply to",
         ),
         (["--data", "talks.jsonl", "--method", "state"], "`prompt` and `completion` must be text; got messages"),
+        (["--data", "completion.jsonl", "--method", "full", "--max_length", "2"], "all 8 examples are empty, or"),
         (["--data", "halves.jsonl"], "must all be text, or all messages; got both"),
         (["--data", "text.jsonl", "--output_dir", "text.jsonl"], "`--output_dir` must name a folder that can be made"),
         (["--data", "other.jsonl"], r"must hold `text`, .* not more than one of these kinds; got \['body'\]"),
@@ -255,6 +256,28 @@ def test_examples_that_cannot_be_learnt_from_are_refused(words: list[str], messa
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
     with pytest.raises(script.WrongInput, match=message):
         tune(script, *words)
+
+
+@pytest.mark.parametrize("method", ["full", "state"])
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [({"role": "assistant", "tool_calls": []}, "has no attribute 'content'"), ({"content": ["w5"]}, "concatenate")],
+    ids=["calls", "parts"],
+)
+def test_chats_that_the_template_cannot_write_are_refused(
+    message: dict[str, Any], why: str, method: str, script: ModuleType
+) -> None:
+    Path("joined.jinja").write_text("{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}", "utf-8")
+    Path("chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", **message}]}), "utf-8")
+    with pytest.raises(script.WrongInput, match=f"rows cannot be followed: .*{why}"):
+        tune(script, "--data", "chats.jsonl", "--chat_template_path", "joined.jinja", "--method", method)
+
+
+def test_chats_without_an_answer_to_learn_are_refused(script: ModuleType) -> None:
+    Path("marked.jinja").write_text(MARKED, "utf-8")
+    Path("asked.jsonl").write_text(json.dumps({"messages": ROWS["messages"]["messages"][:1]}), "utf-8")
+    with pytest.raises(script.WrongInput, match=r"rows cannot be followed: .*no assistant tokens"):
+        tune(script, "--data", "asked.jsonl", "--chat_template_path", "marked.jinja", "--assistant_only_loss")
 
 
 def test_a_checkpoint_that_is_none_is_refused(script: ModuleType) -> None:
