@@ -105,7 +105,7 @@ def parse(words: Sequence[str]) -> tuple[TrainingArguments, RunArguments]:
     if words and words[0].endswith((".yaml", ".yml")):
         words = [*recipe_flags(Path(words[0])), *words[1:]]
     settings, run = parse_flags(parser, words)
-    is_given = any(word.split("=")[0] == "--greater_is_better" for word in words)
+    is_given = any(word.split("=")[0].replace("-", "_") == "__greater_is_better" for word in words)
     if not is_given and str(settings.metric_for_best_model).removeprefix("eval_") in LESS_IS_BETTER:
         settings.greater_is_better = False  # Trainer takes whatever is not named a loss for the better the more
     return settings, run

@@ -133,7 +133,5 @@ def test_pyxlstm_calls_return_a_state_per_layer_and_take_it_back(module: Any, st
     assert_identical(model(x, model.init_hidden(2))[0], whole)
     assert (model.hidden_size, model.num_layers) == (8, 2)
     for wrong in ([], [end[0]], [(x, x)] * 2):
-        with pytest.raises(
-            ValueError, match=f"must hold an {state_class.__name__} for each of 2 layers"
-        ):
+        with pytest.raises(ValueError, match=f"must hold an {state_class.__name__} for each of 2 layers"):
             model(x, wrong)

@@ -145,7 +145,7 @@ def test_the_best_model_is_that_of_the_fewest_bits_per_byte(script: ModuleType) 
         (["eval_nats_per_token"], False),
         (["eval_loss"], False),
         (["eval_nats", "--greater_is_better", "true"], True),
-        (["eval_nats", "--greater_is_better=true"], True),
+        (["eval_nats", "--greater-is-better=true"], True),
         (["eval_predicted_tokens"], True),
     ],
 )
