@@ -251,14 +251,13 @@ def check(run: RunArguments, settings: TrainingArguments) -> None:
     if Path(str(settings.output_dir)).is_file():
         raise WrongInput(f"`--output_dir` must name a folder; {settings.output_dir} is a file.")
     nats = "the nats that bits per byte are made of"
-    faults = {
-        "--save_only_model` leaves out what a killed training goes on from": settings.save_only_model,
-        f"--prediction_loss_only` leaves out {nats}": settings.prediction_loss_only,
-        f"--eval_do_concat_batches false` keeps apart {nats}": not settings.eval_do_concat_batches,
-    }
-    for fault, is_given in faults.items():
+    for flag, is_given, what in (
+        ("--save_only_model", settings.save_only_model, "leaves out what a killed training goes on from"),
+        ("--prediction_loss_only", settings.prediction_loss_only, f"leaves out {nats}"),
+        ("--eval_do_concat_batches false", not settings.eval_do_concat_batches, f"keeps apart {nats}"),
+    ):
         if is_given:
-            raise WrongInput(f"`{fault}. Leave it out.")
+            raise WrongInput(f"`{flag}` {what}. Leave it out.")
 
 
 # Of TrainingArguments: what decides what is learnt. Of the numbers of steps, more may be asked for later.
