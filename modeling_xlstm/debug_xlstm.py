@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .states_xlstm import LayerState
+from .states_xlstm import LayerState, named_tensors
 
 
 def check_finite(
@@ -43,10 +43,7 @@ def check_finite(
 
 
 def _state_faults(name: str, state: LayerState | None) -> Iterator[str]:
-    if state is None:
-        return
-    parts = {**state.cell._asdict(), **({} if state.conv is None else {"conv": state.conv})}
-    for part, x in parts.items():
+    for part, x in named_tensors(state).items():
         yield from _faults(f"{name} `{part}`", x)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .configuration_xlstm import XLSTMConfig
-from .states_xlstm import LayerState, MLSTMState, SLSTMState
+from .states_xlstm import LayerState, MLSTMState, SLSTMState, named_tensors
 
 FORMAT = "xlstm-states-1"
 # What gives a state its shape and its meaning; steering of speed, training and vocabulary is left out.
@@ -76,7 +76,7 @@ def write_states(
         )
     tensors = {}
     for i, state in enumerate(states):
-        named = {**state.cell._asdict(), **({} if state.conv is None else {"conv": state.conv})}
+        named = named_tensors(state)
         wanted = state_shapes(model, model["block_types"][i])
         if {name: tuple(x.shape[1:]) for name, x in named.items()} != wanted:
             raise ValueError(

@@ -77,6 +77,13 @@ def tensors_of(states: Sequence[LayerState | None]) -> list[Tensor]:
     return [x for state in states if state is not None for x in (*state.cell, state.conv) if x is not None]
 
 
+def named_tensors(state: LayerState | None) -> dict[str, Tensor]:
+    """The tensors of one layer's state by name: the cell's, and `conv` if there is a convolution."""
+    if state is None:
+        return {}
+    return {**state.cell._asdict(), **({} if state.conv is None else {"conv": state.conv})}
+
+
 CellInputs = tuple[Any, ...]  # tensors [B, T, ...], or None where a layer has no such input
 CellRun = Callable[[LayerState | None, CellInputs, Tensor | None, Any], tuple[Tensor, LayerState]]
 

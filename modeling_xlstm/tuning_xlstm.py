@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache_xlstm import XLSTMCache
-from .states_xlstm import LayerState
+from .states_xlstm import LayerState, named_tensors
 from .tokens_xlstm import lay_out_tokens
 
 # What is trained of a state. Not the normaliser n and the stabiliser m: cells divide by n, and by an exponential of m.
@@ -60,7 +60,12 @@ class StateTuner(nn.Module):
             start: XLSTMCache = model.eval()(inputs_embeds=embeddings, use_cache=True).past_key_values
         self._start = start.detach_()
         self.states = nn.ParameterDict(
-            {f"{i}_{name}": nn.Parameter(x.clone()) for i, name, x in _tensors(start) if name in TUNED}
+            {
+                f"{i}_{name}": nn.Parameter(x.clone())
+                for i, state in enumerate(start.states)
+                for name, x in named_tensors(state).items()
+                if name in TUNED
+            }
         )
 
     def cache(self, rows: int) -> XLSTMCache:
@@ -69,14 +74,12 @@ class StateTuner(nn.Module):
         layers = []
         for i, state in enumerate(self._start.states):
             assert state is not None
-            now: dict[str, Any] = {**state.cell._asdict(), "conv": state.conv}
+            now = named_tensors(state)
             now.update({name: self.states[f"{i}_{name}"] for name in now if f"{i}_{name}" in self.states})
             # The start was made on the device that the model was on then.
             place = self.states[next(iter(self.states))].device
-            rowed: Any = {
-                name: None if x is None else x.to(place).repeat_interleave(rows, 0) for name, x in now.items()
-            }
-            conv = rowed.pop("conv")
+            rowed: Any = {name: x.to(place).repeat_interleave(rows, 0) for name, x in now.items()}
+            conv = rowed.pop("conv", None)
             layers.append(LayerState(type(state.cell)(**rowed), conv))
         cache.store_(layers, self._start.get_seq_length())
         return cache
@@ -111,13 +114,3 @@ class StateTuner(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the states to a file that `XLSTMCache.load` reads."""
         self.cache(1).detach_().save(path)
-
-
-def _tensors(cache: XLSTMCache) -> list[tuple[int, str, Tensor]]:
-    """Every tensor of the states: number of the layer, name, values."""
-    named = []
-    for i, state in enumerate(cache.states):
-        assert state is not None
-        fields = {**state.cell._asdict(), "conv": state.conv}
-        named += [(i, name, x) for name, x in fields.items() if x is not None]
-    return named
