@@ -37,7 +37,7 @@ import torch
 from benchmark_models import FULL, TINY, Contestant, Size, from_state, ids, read, state_bytes
 from benchmark_report import draw_plots, summary, tables, write_between_marks
 from benchmark_works import AGREEMENT, DECODED, F32, NOISE, Work, all_works, large, others
-from flags import new_file, new_folder, number, positive
+from flags import new_file, new_folder, number, positive, write_json
 from machine import describe_machine
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -255,11 +255,6 @@ def measure_all(arguments: argparse.Namespace, works: dict[str, Work], size: Siz
     result["about"] |= {"rounds": arguments.rounds, "tiny": arguments.tiny}
     in_a_process = InAProcess(arguments)
     memory = not arguments.no_memory and can_measure_memory()
-
-    def write() -> None:
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-
     for name, work in tqdm(works.items(), desc="Rows"):
         row: Row = {"work": name, "kind": work.kind, "claims": []}
         if obstacle := work.obstacle():
@@ -270,10 +265,10 @@ def measure_all(arguments: argparse.Namespace, works: dict[str, Work], size: Siz
             memory_row(name, work, row, in_a_process)
         result["rows"].append(row)
         tqdm.write(summary(row))
-        write()
+        write_json(arguments.json, result)
     if not arguments.only or any(words in CONTEXTS for words in arguments.only):
         result[CONTEXTS] = read_contexts(size, arguments.rounds)
-        write()
+        write_json(arguments.json, result)
     return result
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from corpus import read_standard_library
-from flags import checkpoint, new_file, positive
+from flags import checkpoint, new_file, positive, write_json
 from machine import describe_machine
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -124,7 +124,7 @@ def main() -> None:
             runs[name].append(write(model, prompts, arguments.new_tokens, chosen))
     new = len(prompts) * arguments.new_tokens
     seconds = {name: statistics.median(run.seconds for run in done) for name, done in runs.items()}
-    result = {
+    result: dict[str, Any] = {
         name: {
             "tokens_per_second": round(new / seconds[name], 1),
             "ratio": round(seconds["greedy"] / seconds[name], 2),
@@ -134,10 +134,9 @@ def main() -> None:
         for name, done in runs.items()
     }
     sizes = {name: value for name, value in vars(arguments).items() if isinstance(value, int)}
-    text = json.dumps({**result, "about": describe_machine() | sizes}, indent=2)
-    print(text)
-    if arguments.json is not None:
-        arguments.json.write_text(text + "\n", "utf-8")
+    result["about"] = describe_machine() | sizes
+    print(json.dumps(result, indent=2))
+    write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

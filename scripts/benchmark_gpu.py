@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from flags import new_file, number
+from flags import new_file, number, write_json
 from machine import describe_machine
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -433,20 +433,15 @@ def main() -> None:
     bench = Bench(torch.device(arguments.device), arguments.seconds)
     about = describe_machine("triton", "mlstm_kernels", "flash-linear-attention")
     result: Result = {"about": about, "device": arguments.device, "dtype": str(bench.dtype)}
-
-    def write() -> None:
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-
     result["checks"] = checks(bench)
-    write()
+    write_json(arguments.json, result)
     if failed := [name for name, check in result["checks"].items() if not check["passes"]]:
         print(json.dumps(result, indent=1))
         raise SystemExit(f"benchmark_gpu.py: {failed} err more than they may; nothing was timed.")
     work = {} if arguments.checks_only else sections(bench)
     for name, run in tqdm(work.items(), desc="Times"):
         result[name] = guarded(name, run) if time.monotonic() < bench.deadline else "no time left"
-        write()
+        write_json(arguments.json, result)
     print(json.dumps(result, indent=1))
 
 

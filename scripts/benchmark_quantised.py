@@ -13,7 +13,6 @@ the same tokens one at a time from the state after a prompt; what answers unlike
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -24,7 +23,7 @@ import transformers
 from benchmark import disagreement, measure, run_once
 from benchmark_models import FULL, TINY, Size, decoding, ours
 from corpus import read_standard_library
-from flags import checkpoint, new_file, positive
+from flags import checkpoint, new_file, positive, write_json
 from machine import describe_machine
 from quickstart import bits_per_byte, make_blocks
 from torch import Tensor
@@ -151,8 +150,7 @@ def main() -> None:
             folder = save_untrained(name, size, Path(scratch)) if name in STYLES else Path(name)
             result[name] = judge(name, folder, arguments.rounds, arguments.batches, arguments.blocks)
     result["about"] = describe_machine(*sorted(set(LIBRARIES.values())))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

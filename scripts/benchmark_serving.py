@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from flags import new_file, number, positive
+from flags import new_file, number, positive, write_json
 from machine import describe_machine
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -108,8 +108,7 @@ def main() -> None:
         "about": describe_machine(),
     }
     print(json.dumps(result, indent=2))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

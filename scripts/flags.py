@@ -1,9 +1,10 @@
-"""Between a command line and a script: numbers, files, folders for argparse; errors in a line; stdout for any text."""
+"""Between a command line and a script: numbers, files, folders for argparse; errors in a line; stdout and JSON."""
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,12 @@ def new_file(word: str) -> Path:
     if (path := Path(word)).is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"must name a file in a folder that exists; got {word}")
     return path
+
+
+def write_json(path: Path | None, result: Any) -> None:
+    """Write a result into the file of `--json`, if that was given."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
 def new_folder(word: str) -> Path:
