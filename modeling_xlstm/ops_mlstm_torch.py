@@ -32,14 +32,15 @@ def _prepare_gates(
     b = log_f.cumsum(-1)
     a = log_i - b
     if document is None:
-        highest, decay, cut = a.cummax(-1).values, b[..., -1], None
+        highest, decay, reaches_end = a.cummax(-1).values, b[..., -1], None
     else:
         reached = (document == 0).expand_as(b).to(b.dtype)  # 1 where the state before the chunk reaches the token
         is_reset = F.pad(document, (1, 0)).diff(dim=-1) > 0
         # b just before the first token of the token's document; b never rises.
         base = F.pad(b, (1, -1)).masked_fill(~is_reset, 0.0).cummin(-1).values
-        highest, decay, cut = a.gather(-1, _of_highest(a, document)), b[..., -1] - base[..., -1], reached[..., -1]
-    before, m = _stabilisers(m, highest[..., -1] + b[..., -1], decay, cut, sigmoid_gate)
+        highest, decay = a.gather(-1, _of_highest(a, document)), b[..., -1] - base[..., -1]
+        reaches_end = reached[..., -1]
+    before, m = _stabilisers(m, highest[..., -1] + b[..., -1], decay, reaches_end, sigmoid_gate)
     start = weight = before[..., None]  # the weight of what was before the document is relative to b
     if document is not None:
         start = start * reached
@@ -76,24 +77,24 @@ def _log_floor(m: Tensor) -> Tensor:
 
 
 def _stabilisers(
-    m: Tensor, own: Tensor, decay: Tensor, cut: Tensor | None, sigmoid_gate: bool
+    m: Tensor, own: Tensor, decay: Tensor, reaches_end: Tensor | None, sigmoid_gate: bool
 ) -> tuple[Tensor, Tensor]:
     """The stabilisers before each chunk, [B, H, N], and after the last: m = max(own, m + decay) from chunk to chunk.
 
-    `own` is the highest log weight of a chunk's own tokens at its end, `decay` the log weight of what was before it,
-    `cut` 0 where a document that began in the chunk cut that off, so that m starts from 0 there.
+    `own` is the highest log weight of a chunk's own tokens at its end, `decay` the log weight of what was before it.
+    `reaches_end` is 0 where a document that began in the chunk cut that off, so that m starts from 0 there, else 1.
     """
     if sigmoid_gate:
-        kept = m[..., None] * (torch.ones_like(own) if cut is None else cut).cumprod(-1)
+        kept = m[..., None] * (torch.ones_like(own) if reaches_end is None else reaches_end).cumprod(-1)
         return torch.cat([m[..., None], kept[..., :-1]], -1), kept[..., -1].clone()  # of returned views FSDP2 warns
-    if cut is None:
+    if reaches_end is None:
         total = F.pad(decay.cumsum(-1), (1, 0))
         kept = torch.cat([m[..., None], own - total[..., 1:]], -1).cummax(-1).values + total
         return kept[..., :-1], kept[..., -1].clone()
     before = []
-    for own_c, decay_c, cut_c in zip(own.unbind(-1), decay.unbind(-1), cut.unbind(-1), strict=True):
+    for own_c, decay_c, reaches_c in zip(own.unbind(-1), decay.unbind(-1), reaches_end.unbind(-1), strict=True):
         before.append(m)
-        m = torch.maximum(own_c, m * cut_c + decay_c)
+        m = torch.maximum(own_c, m * reaches_c + decay_c)
     return torch.stack(before, -1), m
 
 
