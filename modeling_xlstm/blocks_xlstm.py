@@ -24,11 +24,11 @@ class XLSTMBlock(GradientCheckpointingLayer):
     def __init__(self, config: XLSTMConfig, layer_idx: int):
         super().__init__()
         assert config.block_types is not None
-        bare = config.block_style == "neurips" and config.block_types[layer_idx] == "mlstm"
+        has_ffn = config.ffn_size and (config.block_style != "neurips" or config.block_types[layer_idx] == "slstm")
         self.mixer_norm = block_norm(config)
         self.mixer = build_mixer(config, layer_idx)
-        self.ffn_norm = None if bare or not config.ffn_size else block_norm(config)
-        self.ffn = None if bare or not config.ffn_size else FeedForward(config)
+        self.ffn_norm = block_norm(config) if has_ffn else None
+        self.ffn = FeedForward(config) if has_ffn else None
 
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, LayerState]:
         y, state = self.mixer(self.mixer_norm(x), call)
