@@ -260,6 +260,14 @@ def _device_obstacle(device: torch.device) -> str:
     return ""
 
 
+def dtypes_obstacle(*tensors: Tensor) -> str:
+    """Why Triton's kernels cannot take tensors and states of these dtypes; empty if they can."""
+    others = {x.dtype for x in tensors} - AGREEMENT.keys()
+    if others:
+        return f"tensors and states must be float32, bfloat16 or float16; got {', '.join(sorted(map(str, others)))}"
+    return ""
+
+
 @functools.cache
 def is_small(device: torch.device) -> bool:
     """Whether a block has less shared memory than on the data centre's GPUs, such as 99 KB on consumers' ones."""

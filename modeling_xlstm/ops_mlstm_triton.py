@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops_common import differentiable_once, is_small
+from .ops_common import differentiable_once, dtypes_obstacle, is_small
 from .ops_mlstm_triton_bwd import (
     _mlstm_chunkwise_bwd_dk_kernel,
     _mlstm_chunkwise_bwd_dq_kernel,
@@ -42,10 +42,7 @@ def mlstm_sizes_obstacle(q: Tensor, k: Tensor, v: Tensor, state: MLSTMState | No
         return f"head dims must be multiples of 16 up to K = {LARGEST_K}, V = {LARGEST_V}; got K = {K}, V = {V}"
     if q.shape[0] * q.shape[2] > LARGEST_ROWS:
         return f"batch times heads must be {LARGEST_ROWS} at most; got {q.shape[0]} times {q.shape[2]}"
-    wide = {x.dtype for x in (q, k, v, *(state or ()))} - {torch.float32, torch.bfloat16, torch.float16}
-    if wide:
-        return f"tensors and states must be float32, bfloat16 or float16; got {', '.join(sorted(map(str, wide)))}"
-    return ""
+    return dtypes_obstacle(q, k, v, *(state or ()))
 
 
 class _Sizes(NamedTuple):

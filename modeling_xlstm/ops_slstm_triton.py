@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops_common import differentiable_once, is_small
+from .ops_common import differentiable_once, dtypes_obstacle, is_small
 from .ops_slstm_triton_kernels import (
     _slstm_recurrent_bwd_kernel,
     _slstm_recurrent_bwd_slices_kernel,
@@ -36,10 +36,7 @@ def slstm_sizes_obstacle(x: Tensor, recurrent: Tensor, state: SLSTMState | None)
         return f"the head dim must be a multiple of 16 up to P = {LARGEST_P}; got P = {P}"
     if x.shape[0] > LARGEST_ROWS:
         return f"the batch must be {LARGEST_ROWS} rows at most; got {x.shape[0]}"
-    wide = {y.dtype for y in (x, recurrent, *(state or ()))} - {torch.float32, torch.bfloat16, torch.float16}
-    if wide:
-        return f"tensors and states must be float32, bfloat16 or float16; got {', '.join(sorted(map(str, wide)))}"
-    return ""
+    return dtypes_obstacle(x, recurrent, *(state or ()))
 
 
 def is_shared(x: Tensor, R: Tensor) -> bool:
