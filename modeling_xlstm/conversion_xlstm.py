@@ -188,7 +188,7 @@ def _refuse(family: str, config: XLSTMConfig, needs: Mapping[str, Any]) -> None:
 
 
 def _blocksize(fields: Mapping[str, Any]) -> Any:
-    """The width of the blocks; where the one asked for does not divide, the package has that of as many blocks."""
+    """The width of q, k, v's blocks: the package makes inner // asked of them, wider ones where that leaves a rest."""
     asked = fields.get("qkv_proj_blocksize", 4)
     inner = XLSTMConfig(block_style="neurips", **{**fields, "qkv_proj_blocksize": 1}).inner_size
     blocks = inner // asked if isinstance(asked, int) and asked > 0 else 0

@@ -263,7 +263,7 @@ def _plain(value: Any) -> Hashable:
 
 
 class XLSTMGenerationMixin(Generation):  # type: ignore[misc]
-    """What is another here than in Transformers: the cache, how prompts go on from it, and what a step is given."""
+    """Where `generate` differs from Transformers': the cache, how prompts go on from it, what a step is given."""
 
     generate: Any
 

@@ -137,7 +137,8 @@ def token_blocks(T: int, numbers: int) -> list[slice]:
 def keep_freed_memory() -> None:
     """Once in a process: have glibc keep up to 62 MiB of what tensors leave free, instead of asking for it anew.
 
-    It raises its limits to the largest piece of memory of its own that was freed, below 32 MiB, and twice that.
+    When a piece of memory that it had mapped is freed, it raises its mmap threshold to the size of that, if it is below
+    32 MiB, and its trim threshold to twice that.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
@@ -164,7 +165,7 @@ def differentiable_once(backward: Backward) -> Backward:
     def run(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
             return backward(ctx, *dys)
-        # Once, as gradient checkpointing allows.
+        # Read once: gradient checkpointing unpacks what was saved no second time.
         saved = ctx.saved_tensors
         given = types.SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=ctx.needs_input_grad)
         with torch.no_grad():
@@ -205,7 +206,7 @@ def differentiable_by(plain: Callable[..., Tensor]) -> Callable[[Backward], Back
         def run(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             if not torch.is_grad_enabled():
                 return backward(ctx, dy)
-            # Views: of an input that another was made of, only its own part is wanted.
+            # Views: where one input was made of another, the gradient of each is to be its own part only.
             xs = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
             wanted = {i: x for i, x in enumerate(xs) if x is not None and x.requires_grad}
             with without_autocast(dy.device):
@@ -286,7 +287,7 @@ def self_check(compare: Callable[[torch.device, torch.dtype], str], device: torc
     """The result of `compare`, computed when an op's kernels are first used on a device in a dtype.
 
     The interpreter on the CPU is no device to doubt, and nothing can be compared while a CUDA graph is captured, a
-    model is compiled or tensors are made without memory: then the result is that of the calls before.
+    model is compiled or tensors are made without memory: then the result is that of the calls before, or empty.
     """
     if device.type != "cuda":
         return ""

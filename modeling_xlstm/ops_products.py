@@ -73,7 +73,7 @@ class Packed:
 
 
 def _seen(weight: Tensor, sample: Any) -> tuple[int, bytes]:
-    """What another state of a weight at the same address does not share."""
+    """What tells the numbers of a weight from others that it had at the same address: its version and a sample."""
     return 0 if weight.is_inference() else weight._version, sample.tobytes()
 
 
@@ -137,7 +137,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product_of_columns(a: Tensor, b: Tensor) -> Tensor:
     """a.T b of a [B, O] and b [B, I], on the CPU: the gradient of a weight; not for gradients of it."""
-    if a.shape[1] <= FEW:  # no clock decides
+    if a.shape[1] <= FEW:  # the way of so few is measured, and gradients are to round the same every time
         return a.t() @ b
     if way_of(a.shape[1], b.t()) == "onednn" and a.shape[1] > b.shape[1]:
         return _by_onednn(b.t(), a.t(), None).t()  # what comes first is copied to turn it around

@@ -144,7 +144,7 @@ _After = tuple[Tensor, Tensor | None, Tensor]  # gradients of c and n, of m wher
 
 
 def _backward(
-    dgates: Tensor, dh_out: Tensor, d_ends: list[tuple[Tensor, ...] | None], after: _After, R_T: Tensor,
+    dgates: Tensor, dh_out: Tensor, d_ends: list[_Ends | None], after: _After, R_T: Tensor,
     factors: _Factors, reset: Tensor | None,
 ) -> _After:  # fmt: skip
     """Run the tokens backwards.
@@ -163,7 +163,7 @@ def _backward(
         reset: True where a row begins anew, [T, B]; or None.
 
     Returns:
-        before: the same of the state before the first token, m held constant in that of m.
+        before: the same of the state before the first token, that of m with the memories held, as in `d_ends`.
     """
     T, P = dh_out.shape[0], dh_out.shape[-1]
     dcn, dm, dh_next = after
@@ -205,9 +205,9 @@ def _backward(
 
 
 def _at_constant_m(cnm: Tensor, d: tuple[Tensor, ...]) -> _Ends:
-    """The gradients of a state c, n, m, h, that of m beside what it moves in c and n; None if that is rounding alone.
+    """Gradients of a state c, n, m, h, that of m with the memories c exp(m) and n exp(m) held; None if it is rounding.
 
-    It is where only later tokens see the state, and the steps before are quicker without.
+    It is that where only later tokens see the state, and without it the steps before are quicker.
     """
     (c, n, _), (dc, dn, dm, dh) = cnm, d
     by_c, by_n = c * dc, n * dn
