@@ -21,6 +21,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_xlstm import XLSTMCache
+from .ops_linear import is_hooked
 from .states_xlstm import LayerState, tensors_of
 
 Step = Callable[[Any], Tensor]  # of the model, which no step holds: its memory must not wait for a cycle's collection
@@ -211,8 +212,7 @@ def _model_obstacle(model: Any) -> str:
         return "config.debug looks at every value"
     if len({p.device for p in model.parameters()}) > 1:
         return "the model lies on several devices"
-    modules = list(model.modules())
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules):
+    if any(map(is_hooked, model.modules())):
         return "hooks must run at every call"
     if torch.is_autocast_enabled(next(model.parameters()).device.type):
         return "autocast is on"

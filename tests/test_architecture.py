@@ -66,7 +66,7 @@ TRAVELLING = {
         7, {STATES, COMMON, LINEAR, "layers_xlstm", "blocks_xlstm", "step_parts_xlstm"}, {"torch", "numpy"}
     ),
     "pretrained_xlstm": Module(5, {CONFIG, PRODUCTS, "layers_xlstm"}, {"torch", "transformers"}),
-    "decoding_xlstm": Module(6, {STATES, "cache_xlstm"}, {"torch", "transformers"}),
+    "decoding_xlstm": Module(6, {STATES, LINEAR, "cache_xlstm"}, {"torch", "transformers"}),
     "modeling_xlstm": Module(
         8,
         {

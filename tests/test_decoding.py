@@ -18,6 +18,7 @@ import torch
 from inputs import STYLES, tiny_config, tiny_model, tokens
 from tolerances import assert_identical, assert_same
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import CompileConfig
 
 from modeling_xlstm import XLSTMCache, XLSTMForCausalLM
@@ -247,13 +248,20 @@ def test_what_a_step_has_fixed_and_the_model_has_no_more_is_recorded_anew(record
         assert recorder.captures == captures
 
 
-@pytest.mark.parametrize("what", ["hook", "hidden states", "recording", "debug", "beams", "training", "two tokens"])
-def test_what_a_recording_cannot_do_is_launched_step_by_step(what: str, recorder: Recorder) -> None:
+@pytest.mark.parametrize(
+    "what", ["hook", "global hook", "hidden states", "recording", "debug", "beams", "training", "two tokens"]
+)
+def test_what_a_recording_cannot_do_is_launched_step_by_step(
+    what: str, recorder: Recorder, request: pytest.FixtureRequest
+) -> None:
     model, ids = tiny_model(XLSTMForCausalLM, debug=what == "debug"), tokens(2, 5)
     options: dict[str, Any] = {}
     calls: list[int] = []
     if what == "hook":
         model.model.norm.register_forward_hook(lambda *_: calls.append(1))
+    elif what == "global hook":
+        every = register_module_forward_hook(lambda module, *_: calls.extend([1] * (module is model.model.norm)))
+        request.addfinalizer(every.remove)
     elif what == "hidden states":
         options = {"output_hidden_states": True, "return_dict_in_generate": True}
     elif what == "recording":
@@ -271,7 +279,7 @@ def test_what_a_recording_cannot_do_is_launched_step_by_step(what: str, recorder
     else:
         decode(model, ids, **options)
     assert recorder.replays == 0
-    assert len(calls) == (6 if what == "hook" else 0)
+    assert len(calls) == (6 if "hook" in what else 0)
 
 
 def test_a_step_that_cannot_be_recorded_is_launched_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
