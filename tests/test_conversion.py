@@ -65,6 +65,12 @@ def pair(family: str) -> tuple[XLSTMConfig, Weights, Config, Weights]:
     return ours, weights, *convert_to(family, ours, weights)
 
 
+def source(family: str, convert: Any) -> tuple[Any, Weights]:
+    """What `convert_from` or `convert_to` is given of that pair."""
+    ours, weights, official, official_weights = pair(family)
+    return (official, official_weights) if convert is convert_from else (ours, weights)
+
+
 def rename(weights: Weights) -> Weights:
     """The keys of the package's xLSTMLarge as transformers names them."""
     return {EMBEDDING["transformers"] if name == EMBEDDING["large"] else name: x for name, x in weights.items()}
@@ -456,60 +462,41 @@ class TestDefaults:
 
 class TestRefusedWeights:
     FAMILIES = pytest.mark.parametrize("family", EMBEDDING)
+    BOTH_WAYS = pytest.mark.parametrize("convert", [convert_from, convert_to])
 
     @FAMILIES
-    def test_an_unknown_official_key_is_named(self, family: str) -> None:
-        *_, config, weights = pair(family)
+    @BOTH_WAYS
+    def test_an_unknown_key_is_named(self, family: str, convert: Any) -> None:
+        config, weights = source(family, convert)
         with pytest.raises(ValueError, match=r"1 unused \(a\.stranger\)"):
-            convert_from(family, config, {**weights, "a.stranger": torch.ones(1)})
+            convert(family, config, {**weights, "a.stranger": torch.ones(1)})
 
     @FAMILIES
-    def test_an_unknown_key_of_ours_is_named(self, family: str) -> None:
-        config, weights, *_ = pair(family)
-        with pytest.raises(ValueError, match=r"1 unused \(a\.stranger\)"):
-            convert_to(family, config, {**weights, "a.stranger": torch.ones(1)})
-
-    @FAMILIES
-    def test_every_missing_official_key_is_named(self, family: str) -> None:
-        *_, config, weights = pair(family)
+    @BOTH_WAYS
+    def test_every_missing_key_is_named(self, family: str, convert: Any) -> None:
+        config, weights = source(family, convert)
         for missing in weights:
             with pytest.raises(ValueError, match="1 missing") as error:
-                convert_from(family, config, {key: x for key, x in weights.items() if key != missing})
+                convert(family, config, {key: x for key, x in weights.items() if key != missing})
             assert f"({missing})" in str(error.value)
 
     @FAMILIES
-    def test_every_missing_key_of_ours_is_named(self, family: str) -> None:
-        config, weights, *_ = pair(family)
-        for missing in weights:
-            with pytest.raises(ValueError, match="1 missing") as error:
-                convert_to(family, config, {key: x for key, x in weights.items() if key != missing})
-            assert f"({missing})" in str(error.value)
-
-    @FAMILIES
-    def test_every_official_tensor_of_another_shape_is_named(self, family: str) -> None:
-        *_, config, weights = pair(family)
+    @BOTH_WAYS
+    def test_every_tensor_of_another_shape_is_named(self, family: str, convert: Any) -> None:
+        config, weights = source(family, convert)
         for wrong, x in weights.items():
             with pytest.raises(ValueError, match="1 of another shape") as error:
-                convert_from(family, config, {**weights, wrong: x[None]})
-            assert f"({wrong} {list(x[None].shape)}, wanted {list(x.shape)})" in str(error.value)
-
-    @FAMILIES
-    def test_every_tensor_of_ours_of_another_shape_is_named(self, family: str) -> None:
-        config, weights, *_ = pair(family)
-        for wrong, x in weights.items():
-            with pytest.raises(ValueError, match="1 of another shape") as error:
-                convert_to(family, config, {**weights, wrong: x[None]})
+                convert(family, config, {**weights, wrong: x[None]})
             assert f"({wrong} {list(x[None].shape)}, wanted {list(x.shape)})" in str(error.value)
 
     @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
     @FAMILIES
-    def test_a_prefix_of_all_names_is_named_alone(self, family: str, prefix: str) -> None:
-        ours, weights, official, official_weights = pair(family)
+    @BOTH_WAYS
+    def test_a_prefix_of_all_names_is_named_alone(self, family: str, convert: Any, prefix: str) -> None:
+        config, weights = source(family, convert)
         message = rf"with `{prefix}` before them.*removeprefix\('{prefix}'\)`\.$"
         with pytest.raises(ValueError, match=message):
-            convert_from(family, official, {prefix + name: x for name, x in official_weights.items()})
-        with pytest.raises(ValueError, match=message):
-            convert_to(family, ours, {prefix + name: x for name, x in weights.items()})
+            convert(family, config, {prefix + name: x for name, x in weights.items()})
 
     @FAMILIES
     def test_of_many_names_three_are_listed(self, family: str) -> None:
