@@ -146,10 +146,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product(_rows(x), weight.float(), bias).to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def _in_float32(product: Callable[..., Tensor], *xs: Tensor | None) -> Tensor:
+def _in_float32(operation: Callable[..., Tensor], *xs: Tensor | None) -> Tensor:
     """A product of torch's, in the dtype of its first operand."""
     assert xs[0] is not None
-    return product(*(None if x is None else x.float() for x in xs)).to(xs[0].dtype)
+    return operation(*(None if x is None else x.float() for x in xs)).to(xs[0].dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ Group = tuple[slice, slice]  # rows, and heads of each
 def groups(shape: torch.Size, widths: tuple[int, int]) -> list[Group]:
     """Cut rows and heads of gates [B, H, N, J, L]: no tokens and no scores of a chunk are more numbers than `GROUP`."""
     B, H, _, J, L = shape
-    room = GROUP // (J * L * max(L, *widths))
-    return list(itertools.product(_cut(B, room // H), _cut(H, room)))
+    most = GROUP // (J * L * max(L, *widths))  # heads that go together
+    return list(itertools.product(_cut(B, most // H), _cut(H, most)))
 
 
 def _cut(size: int, most: int) -> list[slice]:

@@ -65,7 +65,11 @@ class Watch:
         self.addresses = [p.data_ptr() for p in self.parameters]
 
     def is_current(self, modules: Sequence[nn.Module]) -> bool:
-        """Whether nothing has changed, no module trains and none has hooks."""
+        """Whether nothing has changed, no module trains and none has hooks of the forward pass.
+
+        What `is_hooked` asks of one module is asked of all at once here; where no gradient is asked for, hooks of the
+        backward pass do nothing.
+        """
         every = nn.modules.module
         if every._global_forward_hooks or every._global_forward_pre_hooks or any(self.hooks):
             return False

@@ -226,8 +226,8 @@ def compiled_decoding(model: Any, prompt: Tensor, tokens: Tensor) -> Contestant:
 
     @torch.inference_mode()
     def run(state: Any) -> Tensor:
-        for ids in tokens.split(1, dim=1):
-            logits = forward(input_ids=ids, past_key_values=state, use_cache=True, logits_to_keep=1).logits
+        for token in tokens.split(1, dim=1):
+            logits = forward(input_ids=token, past_key_values=state, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1]
 
     return contestant._replace(run=run)

@@ -116,7 +116,7 @@ def parse() -> argparse.Namespace:
     add(
         "models",
         nargs="+",
-        type=model,
+        type=style_or_checkpoint,
         help=f"folders of models, or {' and '.join(STYLES)}: the sizes of scripts/benchmark.py",
     )
     add("--rounds", type=positive, default=5, help="turns of each contestant (default: %(default)s)")
@@ -128,8 +128,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def model(word: str) -> str:
-    """A style, or the folder of a checkpoint."""
+def style_or_checkpoint(word: str) -> str:
     return word if word in STYLES else str(checkpoint(word))
 
 

@@ -196,8 +196,8 @@ def compiled_rows(
 ) -> Iterator[Row]:
     """Decoding, `work`, by `torch.compile`: ours against peers as they are, and against peers that are compiled too."""
     compiled = each(models, compiled_decoding, ids(size, B, past), ids(size, B, DECODED))
-    ours = {**work.makers, "ours": compiled["ours"]}
-    yield f"{name}, ours compiled", work._replace(makers=ours, floor=None)
+    against_plain = {**work.makers, "ours": compiled["ours"]}
+    yield f"{name}, ours compiled", work._replace(makers=against_plain, floor=None)
     if B == 1:  # a compiler takes its minutes: the first peer only
         both = dict(itertools.islice(compiled.items(), 2))
         yield f"{name}, both compiled", work._replace(makers=both, faster=None, floor=None)
