@@ -14,10 +14,8 @@ from typing import Any
 import pytest
 import torch
 from checkout import ROOT
+from corpus import train_tokenizer
 from inputs import tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast
 
 from modeling_xlstm import XLSTMForCausalLM
 from modeling_xlstm.quantization_xlstm import LIBRARIES
@@ -75,11 +73,7 @@ def test_what_a_benchmark_cannot_be_given_is_named(
 
 @pytest.mark.slow
 def test_assisted_decoding_is_timed_with_every_kind_of_draft(tmp_path: Path) -> None:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator([], BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
-    PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(tmp_path / "model")
+    train_tokenizer([], 300).save_pretrained(tmp_path / "model")
     tiny_model(XLSTMForCausalLM, vocab_size=300).float().save_pretrained(tmp_path / "model")
     sizes = {"prompts": 1, "prompt_tokens": 8, "new_tokens": 6, "rounds": 1, "draft": tmp_path / "model"}
     result = benchmark("benchmark_assisted.py", tmp_path, tmp_path / "model", **sizes)

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from corpus import train_tokenizer
 from inputs import STYLES, tiny_model, tokens
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tokenizers.trainers import BpeTrainer
 from tolerances import assert_same
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedTokenizerFast, TextIteratorStreamer
+from transformers import LogitsProcessor, TextIteratorStreamer
 
 from modeling_xlstm import XLSTMCache, XLSTMForCausalLM, modeling_xlstm
 
@@ -186,7 +185,7 @@ def test_embeddings_are_not_read_in_chunks_and_not_drafted_for() -> None:
 def test_a_tokenizer_for_stop_strings_is_no_unused_keyword(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(modeling_xlstm.logger, "warning_once", told.append)
-    model, tokenizer = tiny_model(XLSTMForCausalLM), byte_tokenizer(61)
+    model, tokenizer = tiny_model(XLSTMForCausalLM), train_tokenizer([], 61)
     decode(model, tokens(1, 5), stop_strings=["no such text"], tokenizer=tokenizer)
     assert not told
 
@@ -313,19 +312,10 @@ def test_a_model_interrupted_while_its_first_blocks_draft_is_whole_again() -> No
     assert torch.equal(greedy(model, ids), expected)
 
 
-def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Bytes, and merges learnt from a few words up to the size."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<eos>"]
-    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(["the state of a text has one size, and the text has one state"] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
-
-
 @every_style
 def test_an_assistant_with_another_tokenizer_gives_the_greedy_output(style: str) -> None:
-    tokenizer, other = byte_tokenizer(280), byte_tokenizer(270)
+    words = ["the state of a text has one size, and the text has one state"] * 3
+    tokenizer, other = train_tokenizer(words, 280), train_tokenizer(words, 270)
     assert len(tokenizer) != len(other)
     model = tiny_model(XLSTMForCausalLM, style, vocab_size=len(tokenizer))
     assistant = tiny_model(XLSTMForCausalLM, "large", vocab_size=len(other))
