@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -76,10 +76,10 @@ class Part(NamedTuple):
     state: float
 
 
-def run_part(run: Callable[[], tuple[Any, Any]], autocast: Any) -> Part:
-    """Forward and backward of one part; `run` gives its output and the states it leaves."""
+def run_part(run: Callable[[], tuple[Any, Any]], precision: str) -> Part:
+    """Forward and backward of one part; `run` gives its output and the states it leaves, see `Plan` for `precision`."""
     with LiveBytes() as live:
-        with autocast():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "mixed"):
             y, state = run()
             forward, held = live.peak, live.now
             state_bytes = sum(x.untyped_storage().nbytes() for x in tree_flatten(state)[0] if isinstance(x, Tensor))
@@ -221,12 +221,6 @@ def enable_checkpointing(model: Any, **options: Any) -> None:
     enable(options or None)
 
 
-@contextlib.contextmanager
-def _autocast(on: bool) -> Iterator[None]:
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
-        yield
-
-
 def _block(config: XLSTMConfig, kind: str, plan: Plan) -> Part:
     """One block of a kind; a long sLSTM, which needs as much for every block of tokens, from two and four of them."""
     fields = {**config.to_dict(), "num_hidden_layers": 1, "block_types": [kind]}
@@ -248,7 +242,7 @@ def _run_block(config: XLSTMConfig, plan: Plan, tokens: int, mode: Any) -> Part:
         x = torch.zeros(plan.batch, tokens, config.hidden_size, dtype=model.dtype).requires_grad_()
         reset = torch.zeros(plan.batch, tokens, dtype=torch.bool)
         call = Call(reset=reset)
-        return run_part(lambda: model.model.layers[0](x, call), lambda: _autocast(plan.precision == "mixed"))
+        return run_part(lambda: model.model.layers[0](x, call), plan.precision)
 
 
 def _end(model: Any, plan: Plan) -> Part:
@@ -261,4 +255,4 @@ def _end(model: Any, plan: Plan) -> Part:
         output = model(inputs_embeds=x, labels=labels, shift_labels=labels, use_cache=False)
         return output.loss, None
 
-    return run_part(run, lambda: _autocast(plan.precision == "mixed"))
+    return run_part(run, plan.precision)
