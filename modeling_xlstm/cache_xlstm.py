@@ -337,9 +337,9 @@ class XLSTMCache(Cache):
         self._forget_()
         if not rows:
             return
+        index = torch.tensor(rows, device="cpu")
         for layer, source in zip(self.layers, other.layers, strict=True):
-            index = torch.tensor(rows, device="cpu")
-            new = _map(source.state, lambda x, index=index: x.index_select(0, index.to(x.device)))  # type: ignore[misc]
+            new = _map(source.state, lambda x: x.index_select(0, index.to(x.device)))
             layer.store_(new if layer.state is None or new is None else _join(layer.state, new))
         self.tokens_seen = max(self.tokens_seen, other.tokens_seen)
 
