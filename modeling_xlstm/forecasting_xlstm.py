@@ -129,7 +129,8 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
         if future_values is None:
             if future_observed_mask is not None:
                 raise ValueError("`future_observed_mask` needs `future_values`; got None. Leave out the mask.")
-            return self._output(*self._roll_out(past, None, kwargs), past)
+            raw, _, hidden_states = self._roll_out(past, kwargs)
+            return self._output(raw, hidden_states, past)
         future, observed = self._series("future_values", future_values, future_observed_mask)
         if future.shape[1] != self.config.prediction_length or future.shape[0] != past.frames.shape[0]:
             raise ValueError(
@@ -176,20 +177,20 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
         if num_samples < 1:
             raise ValueError(f"`num_samples` must be at least 1; got {num_samples}.")
         past = self._frames_of_past(past_values, past_observed_mask, past_covariates, attention_mask)
-        drawn: list[Tensor] = []
-        self._roll_out(past, num_samples, {}, drawn)
-        paths = torch.stack(drawn, 1).unflatten(0, (-1, num_samples))  # [B, num_samples, P, channels]
+        _, drawn, _ = self._roll_out(past, {}, num_samples)
+        paths = drawn.unflatten(0, (-1, num_samples))  # [B, num_samples, P, channels]
         normaliser = Normaliser(*(x[:, None] if x.dim() else x for x in past.normaliser))
         paths = normaliser.undo(paths)
         return SampleTSPredictionOutput(sequences=paths[..., 0] if past.squeeze else paths)
 
     def _roll_out(
-        self, past: _Past, num_samples: int | None, kwargs: dict[str, Any], drawn: list[Tensor] | None = None
-    ) -> tuple[Tensor, Any]:
-        """Read the past, then feed back what was predicted, or drawn into `drawn`.
+        self, past: _Past, kwargs: dict[str, Any], num_samples: int | None = None
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Read the past, then feed back what was predicted, or drawn, for `num_samples` futures of each row.
 
         Returns:
-            raw: outputs of the head, [B, P, channels, .].
+            raw: outputs of the head, [B or B * num_samples, P, channels, .].
+            values: what was fed back, and the last ones, [B or B * num_samples, P, channels].
             hidden_states: of the past, if asked for.
         """
         mask = None if past.real.all() else past.real.long()
@@ -200,14 +201,13 @@ class XLSTMForForecasting(XLSTMPreTrainedModel):
         if num_samples is not None:
             hidden = hidden.repeat_interleave(num_samples, 0)
             cache.batch_repeat_interleave(num_samples)
-        raw = [self._distribution(hidden)]
+        raw, values = [self._distribution(hidden)], []
         while True:
-            value = self._point(raw[-1]) if drawn is None else self._draw(raw[-1])
-            if drawn is not None:
-                drawn.append(value)
+            values.append(self._point(raw[-1]) if num_samples is None else self._draw(raw[-1]))
             if len(raw) == self.config.prediction_length:
-                return torch.stack(raw, 1), outputs.hidden_states
-            frame = self._frames(value[:, None], torch.ones_like(value[:, None]), None)
+                return torch.stack(raw, 1), torch.stack(values, 1), outputs.hidden_states
+            value = values[-1][:, None]
+            frame = self._frames(value, torch.ones_like(value), None)
             hidden = self.model(input_features=frame, **given).last_hidden_state[:, 0]
             raw.append(self._distribution(hidden))
 
