@@ -217,6 +217,18 @@ def causal_lm_loss(
 ) -> Tensor:
     """Transformers' `ForCausalLMLoss`, but logits wider than float32 stay as wide; no other tensor as large is kept.
 
+    Args:
+        logits: [B, T, vocab_size].
+        labels: ids of the tokens themselves, [B, T]; what each predicts is the next one. Not read with `shift_labels`.
+        vocab_size: number of ids.
+        num_items_in_batch: what the sum is divided by; None counts the targets.
+        ignore_index: the target of a row that predicts nothing.
+        shift_labels: what each row of logits predicts, [B, T].
+        kwargs: not read; Transformers passes on what the model was given.
+
+    Returns:
+        loss: [].
+
     Raises:
         ValueError: labels are no integers, or not as many as there are rows of logits.
     """
