@@ -92,6 +92,29 @@ def test_rows_can_be_repeated_in_place(style: str) -> None:
 
 
 @every_style
+def test_rows_that_are_reset_are_at_the_start_and_the_others_where_they_were(style: str) -> None:
+    model, ids, cache = filled(style)
+    cache.reset_rows_(torch.tensor([True, False, True]))
+    following = tokens(3, 2)
+    after = model(following, past_key_values=cache).logits
+    alone = model(torch.cat([ids, following], 1)).logits[:, 6:]
+    assert_same(after, torch.stack([model(following).logits[0], alone[1], model(following).logits[2]]))
+
+
+@every_style
+def test_rows_of_another_cache_stand_behind_those_held_at_the_length_of_the_longest(style: str) -> None:
+    model, ids, _ = filled(style)
+    for first, second in ((ids, ids[:, :2]), (ids[:, :2], ids)):
+        cache, other = (model(x).past_key_values for x in (first, second))
+        cache.append_rows_(other, [2, 0])
+        assert cache.get_seq_length() == 6
+        following = tokens(5, 2)
+        read = [*first, second[2], second[0]]
+        alone = torch.stack([model(torch.cat(text)[None]).logits[0, -2:] for text in zip(read, following, strict=True)])
+        assert_same(model(following, past_key_values=cache).logits, alone)
+
+
+@every_style
 def test_reset_gives_a_fresh_start(style: str) -> None:
     model, ids, cache = filled(style)
     cache.reset()
@@ -212,12 +235,13 @@ def test_crop_can_come_back_over_a_document_boundary_and_to_the_start(style: str
 def test_rows_moved_while_recording_come_back_too(style: str) -> None:
     model, ids, cache = filled(style)
     cache.activate_past_recording()
-    more = tokens(3, 4)
-    model(more, past_key_values=cache)
+    more, real = tokens(3, 4), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [1, 0, 1, 0]])
+    model(more, attention_mask=real, past_key_values=cache)
     index = torch.tensor([2, 0])
     cache.reorder_cache(index)
-    cache.crop(-3)
-    assert_same(states(cache), states(model(torch.cat([ids, more], 1)[index, :7]).past_key_values))
+    cache.crop(-2)
+    text, mask = torch.cat([ids, more], 1)[index, :8], torch.cat([torch.ones_like(ids), real], 1)[index, :8]
+    assert_same(states(cache), states(model(text, attention_mask=mask).past_key_values))
 
 
 def test_crop_keeps_no_copy_of_the_matrix_state_per_token() -> None:

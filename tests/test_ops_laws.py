@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import mlstm_inputs, mlstm_state, slstm_inputs, slstm_state
@@ -29,8 +30,8 @@ class Op:
         self.state: Any = mlstm_state(B=ROWS) if name == "mlstm" else slstm_state(B=ROWS)
         self.options = {"backend": backend, **({"chunk_size": 3} if name == "mlstm" else {})}
 
-    def __call__(self, tokens: list[Tensor], state: Any) -> tuple[Tensor, Any]:
-        h, after = self.function(*tokens, *self.weights, state, **self.options)
+    def __call__(self, tokens: list[Tensor], state: Any, **options: Any) -> tuple[Tensor, Any]:
+        h, after = self.function(*tokens, *self.weights, state, **self.options, **options)
         return h, after
 
     def take(self, state: Any, order: list[int]) -> Any:
@@ -64,3 +65,18 @@ def test_a_state_continued_from_twice_gives_the_same_and_brings_back_to_any_toke
     assert_identical([x.detach() for x in run.state], before)
     whole, _ = run(run.tokens, run.state)
     assert_same(first[0], whole[:, :kept])
+
+
+@every_op
+@every_backend
+@settings(max_examples=10)
+@given(lengths=st.lists(st.integers(1, T), min_size=ROWS, max_size=ROWS))
+def test_documents_in_padded_rows_are_those_of_each_row_alone(op: str, backend: str, lengths: list[int]) -> None:
+    run = Op(op, backend)
+    reset = torch.rand(ROWS, T) < 0.5  # of padding too
+    h, after = run(run.tokens, run.state, lengths=torch.tensor(lengths), reset=reset)
+    for row, length in enumerate(lengths):
+        only = slice(row, row + 1)
+        tokens = [x[only, :length] for x in run.tokens]
+        alone = run(tokens, run.take(run.state, only), reset=reset[only, :length])
+        assert_same((h[only, :length], list(run.take(after, only))), (alone[0], list(alone[1])))

@@ -31,10 +31,11 @@ BACKENDS = ["torch", "reference"]
     resets=st.booleans(),
     lengths=st.none() | st.lists(st.integers(0, 12), min_size=2, max_size=2),
     block=st.sampled_from([1, 5 * 12, ops_common.BLOCK]),  # a token has 12 numbers
+    seen=st.sampled_from([slice(None), *(slice(i, i + 1) for i in range(5))]),  # by a loss: of output, c, n, m, h
 )
 def test_the_torch_worker_equals_the_definition_with_states_and_all_gradients(
     numbers: str, T: int, input_gate: str, output_tanh: bool, fresh: bool, resets: bool, lengths: list[int] | None,
-    block: int,
+    block: int, seen: slice,
 ) -> None:  # fmt: skip
     xs, state = slstm_inputs(T), None if fresh else slstm_state()
     rows = None if lengths is None else torch.tensor(lengths).clamp(max=T)
@@ -52,7 +53,7 @@ def test_the_torch_worker_equals_the_definition_with_states_and_all_gradients(
     with mock.patch.object(ops_common, "BLOCK", block), mock.patch.object(ops_slstm_torch, "_numbers", choose):
         for worker in (slstm_recurrent_torch, slstm_recurrent):
             h, after = worker(*xs, state, **options)
-            results.append(outputs_and_gradients(h * real[..., None, None], after, [*xs, *(state or ())]))
+            results.append(outputs_and_gradients(h * real[..., None, None], after, [*xs, *(state or ())], seen))
         with torch.no_grad():
             given, end = slstm_recurrent_torch(*xs, state, **options)
             assert_same((given * real[..., None, None], end), (h * real[..., None, None], after))

@@ -10,7 +10,7 @@ import pytest
 import sharded
 import torch
 import torch.distributed.checkpoint as dcp
-from carried import LENGTHS, documents, joined_states, result, trainer
+from carried import LENGTHS, Z_LOSS, documents, joined_states, result, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import STYLES, tiny_config, tiny_model, tokens
@@ -154,21 +154,26 @@ def test_trainer_leaves_every_model_with_a_head_its_columns(model_class: Any, tm
     assert wanted <= set(run._signature_columns)
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, [18, 9, 27, 18, 36, 36]])  # the latter begin where segments do
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_segments_with_carried_states_have_the_losses_of_whole_documents(tmp_path: Path, micro_batches: int) -> None:
-    segments, T = Segments(documents(LENGTHS), 4, 9, seed=0), 9
+def test_segments_with_carried_states_have_the_losses_of_whole_documents_in_every_epoch(
+    tmp_path: Path, micro_batches: int, lengths: list[int]
+) -> None:
+    segments, T = Segments(documents(lengths), 4, 9, seed=0), 9
+    steps = len(segments) // 4
     run = trainer(
         tmp_path,
         segments,
         learning_rate=0.0,
-        max_steps=len(segments) // 4,
+        max_steps=2 * steps,
         per_device_train_batch_size=4 // micro_batches,
         gradient_accumulation_steps=micro_batches,
     )
     run.train()
-    nats = nats_of_whole_documents(run.model.eval(), segments)
     expected = []
-    for step in range(len(segments) // 4):
+    for epoch, step in itertools.product(range(2), range(steps)):
+        segments.set_epoch(epoch)
+        nats = nats_of_whole_documents(run.model.eval(), segments)
         lanes = [nats[start:stop][T * step :][:T] for start, stop in itertools.pairwise(segments.edges)]
         predicted = [segments[4 * step + lane]["shift_labels"] >= 0 for lane in range(4)]
         expected.append(torch.cat(lanes).sum() / torch.cat(predicted).sum())
@@ -202,7 +207,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         for pair in zip(first["states"], second["states"], strict=True)
     ]
     losses = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
-    alone = trainer(tmp_path, Segments(documents(LENGTHS), 4, 9, 0), per_device_train_batch_size=4, max_steps=4)
+    alone = trainer(tmp_path, Segments(documents(LENGTHS), 4, 9, 0), Z_LOSS, per_device_train_batch_size=4, max_steps=4)
     alone.train()
     assert_same({**first, "losses": losses, "states": states}, result(alone), TRAINED)
 
