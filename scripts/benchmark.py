@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import importlib.util
 import json
 import multiprocessing
 import statistics
@@ -35,7 +36,7 @@ from typing import Any
 
 import torch
 from benchmark_models import FULL, TINY, Contestant, Size, from_state, ids, read, state_bytes
-from benchmark_report import draw_plots, summary, tables, write_between_marks
+from benchmark_report import draw_plots, marked_document, summary, tables, write_between_marks
 from benchmark_works import AGREEMENT, DECODED, F32, NOISE, Work, all_works, large, others
 from flags import new_file, new_folder, number, positive, write_json
 from machine import describe_machine
@@ -246,8 +247,11 @@ def parse() -> argparse.Namespace:
     add("--json", type=new_file, help="write the result there, after every row")
     add("--from_json", type=Path, help="measure nothing; take the result from there")
     add("--plots", type=new_folder, metavar="FOLDER", help="draw there; needs matplotlib")
-    add("--markdown", type=Path, help="put the tables into this document, between its marks")
-    return parser.parse_args()
+    add("--markdown", type=marked_document, help="put the tables into this document, between its marks")
+    arguments = parser.parse_args()
+    if arguments.plots is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error('argument --plots: needs matplotlib: pip install -e ".[tasks]"')
+    return arguments
 
 
 def measure_all(arguments: argparse.Namespace, works: dict[str, Work], size: Size) -> dict[str, Any]:

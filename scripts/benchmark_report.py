@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -132,16 +133,23 @@ def context_table(lengths: list[int], models: dict[str, Result]) -> str:
     return table(lines)
 
 
-def write_between_marks(path: Path, text: str) -> None:
-    """Put the text between the marks of a document, for what stood there.
+def marked_document(word: str) -> Path:
+    """A document that has both marks, in their order."""
+    try:
+        text = Path(word).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"must name a document of UTF-8 text; {error}") from None
+    if MARKS[1] not in text.partition(MARKS[0])[2]:
+        raise argparse.ArgumentTypeError(
+            f"must have the lines {MARKS[0]} and {MARKS[1]} where tables go; {word} has not"
+        )
+    return Path(word)
 
-    Raises:
-        SystemExit: the document has not both marks, in this order.
-    """
+
+def write_between_marks(path: Path, text: str) -> None:
+    """Put the text between the marks of a document, for what stood there."""
     before, begin, rest = path.read_text("utf-8").partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
-    if not begin or not end:
-        raise SystemExit(f"benchmark.py: {path.name} must have the lines {MARKS[0]} and {MARKS[1]} where tables go.")
     path.write_text(f"{before}{begin}\n{text}{end}{after}", "utf-8")
 
 

@@ -296,10 +296,14 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def size_in_bytes(text: str) -> int:
     """Bytes, from words such as 5GB or 100MB."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if text.upper().endswith(unit):
-            return int(float(text[:-2]) * factor)
-    return int(text)
+    factor = {"GB": 10**9, "MB": 10**6, "KB": 10**3}.get(text[-2:].upper(), 1)
+    try:
+        size = int(float(text if factor == 1 else text[:-2]) * factor)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"must be a size above 0, such as 5GB or 100MB; got {text}")
+    return size
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:

@@ -230,12 +230,33 @@ def test_tables_say_which_targets_were_missed() -> None:
     assert verdict({"value": 0.5}) == "0.50"
 
 
-def test_tables_go_only_where_a_document_has_a_place_for_them(tmp_path: Path) -> None:
-    from benchmark_report import write_between_marks
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [("<!-- benchmark -->\n", "must have the lines"), (None, "must name a document")],
+)
+def test_a_document_without_a_place_for_tables_is_refused_before_anything_is_measured(
+    document: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from benchmark import parse
 
-    (tmp_path / "README.md").write_text("<!-- benchmark -->\n", "utf-8")
-    with pytest.raises(SystemExit, match="must have the lines"):
-        write_between_marks(tmp_path / "README.md", "table\n")
+    if document is not None:
+        (tmp_path / "README.md").write_text(document, "utf-8")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--markdown", str(tmp_path / "README.md")])
+    with pytest.raises(SystemExit):
+        parse()
+    assert f"--markdown: {message}" in capsys.readouterr().err
+
+
+def test_plots_without_matplotlib_are_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from benchmark import parse
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--plots", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        parse()
+    assert "--plots: needs matplotlib" in capsys.readouterr().err
 
 
 def test_the_description_of_a_machine_holds_no_path_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -331,6 +331,13 @@ def test_an_interrupted_conversion_says_how_it_goes_on(
     assert "The same command goes on" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("word", ["infGB", "nan", "0", "-1MB", "MB", "5TB"])
+def test_a_shard_size_that_is_none_is_refused(word: str, script: ModuleType, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        script.parse([f"--max_shard_size={word}", "from", "to"])
+    assert "--max_shard_size: must be a size above 0" in capsys.readouterr().err
+
+
 def test_a_target_that_is_a_file_is_refused(
     published: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
