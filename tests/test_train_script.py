@@ -25,6 +25,7 @@ import train_data
 from checkout import ROOT
 from inputs import tiny_model
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from tolerances import BFLOAT16, FLOAT32, assert_identical, assert_same
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
@@ -497,6 +498,24 @@ def test_a_stream_packs_every_document_in_turn_and_begins_anew_in_another_order(
     inside = numbers[:-1] == numbers[1:]
     assert_identical(torch.cat([row["shift_labels"] for row in rows])[:-1][inside], ids[1:][inside])
     assert (torch.cat([row["labels"] for row in rows])[:-1][~inside] == -100).all()
+
+
+def test_documents_stand_between_end_tokens_whatever_the_tokenizer_puts_around_texts(script: ModuleType) -> None:
+    texts = words_of(3)
+    tokenizer = script.load_or_train_tokenizer(Path("tokenizer"), texts, 320, "text")
+    wanted, end = train_data.encode(tokenizer, texts, 320), tokenizer.eos_token_id
+    around = TemplateProcessing(single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", end)])
+    tokenizer.backend_tokenizer.post_processor = around
+    assert len(tokenizer(texts[0]).input_ids) == len(wanted[0])
+    assert train_data.encode(tokenizer, texts, 320) == wanted
+
+
+def test_a_stream_holds_out_its_first_hundred_documents_unless_told() -> None:
+    documents = train_data.Dataset.from_dict({"text": words_of(120)}).to_iterable_dataset()
+    source = train_data.split(train_data.DataArguments(streaming=True), {"train": documents}, "words")
+    assert list(source.held_out["text"]) == words_of(100)
+    assert [row["text"] for row in source.train] == words_of(120)[100:]
+    assert "the first 100 documents" in source.about
 
 
 @pytest.fixture
