@@ -261,7 +261,8 @@ class XLSTMTrainer(ResumableTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         predicted = next_labels(inputs) != IGNORED  # first, for Trainer takes the labels out for a function of its own
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        squares = outputs.logits.float().logsumexp(-1).square()[predicted].sum()
+        wide = torch.promote_types(outputs.logits.dtype, torch.float32)
+        squares = outputs.logits.to(wide).logsumexp(-1).square()[predicted].sum()
         items = predicted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # As for the loss: the items are those of all processes, whose gradients are averaged.
