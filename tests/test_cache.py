@@ -313,6 +313,13 @@ def test_a_saved_prompt_state_goes_on_as_if_never_saved(style: str, tmp_path: Pa
         assert_identical(following, model(ids[:, :2], past_key_values=copy.deepcopy(cache)).logits)
 
 
+@every_style
+def test_a_saved_state_of_a_bfloat16_model_keeps_its_dtypes(style: str, tmp_path: Path) -> None:
+    cache = tiny_model(XLSTMForCausalLM, style).bfloat16()(tokens(3, 6)).past_key_values
+    cache.save(tmp_path / "prompt.safetensors")
+    assert_identical(states(XLSTMCache.load(tmp_path / "prompt.safetensors")), states(cache))
+
+
 @pytest.mark.parametrize(
     "other", [{"num_heads": 4}, {"gate_soft_cap": None}, {"normalizer_eps": 1e-5}, {"variant": "mlstm"}]
 )

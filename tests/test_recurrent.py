@@ -240,6 +240,16 @@ def test_states_of_a_bfloat16_module_are_float32_and_start_at_zero(module: Any) 
     assert_identical(outputs, rnn(x)[0])
 
 
+@CELLS
+def test_states_start_on_the_parameters_device_unless_one_is_named(cell_class: Any) -> None:
+    for cell, named, device in (
+        (cell_class(5, 8, device="meta"), None, "meta"),
+        (cell_class(5, 8, device="meta"), "cpu", "cpu"),
+        (cell_class(5, 8), "meta", "meta"),
+    ):
+        assert {x.device.type for x in cell.init_hidden(3, named)} == {device}
+
+
 @MODULES
 def test_a_state_saved_by_torch_is_loaded_by_torch(module: Any, tmp_path: Path) -> None:
     state = make(module, 5, 8)(frames())[1]
@@ -303,6 +313,8 @@ def test_bad_inputs_are_named(module: Any) -> None:
         make(module, 5, 8, batch_first=False)(frames(width=4))
     with pytest.raises(ValueError, match=r"`inputs` must be \[B, T, 5\]; got shape \(5,\)"):
         rnn(x[0, 0])
+    with pytest.raises(ValueError, match=r"`inputs` must be \[B, T, 5\]; got shape \(3, 7, 4\)"):
+        rnn.cells[0].sequence(frames(width=4))
     with pytest.raises(ValueError, match=r"`inputs` must be floating point; got torch\.int64"):
         rnn(x.long())
     with pytest.raises(ValueError, match=r"each \[2, 3, ...\]"):
