@@ -241,13 +241,11 @@ def test_states_of_a_bfloat16_module_are_float32_and_start_at_zero(module: Any) 
 
 
 @CELLS
-def test_states_start_on_the_parameters_device_unless_one_is_named(cell_class: Any) -> None:
-    for cell, named, device in (
-        (cell_class(5, 8, device="meta"), None, "meta"),
-        (cell_class(5, 8, device="meta"), "cpu", "cpu"),
-        (cell_class(5, 8), "meta", "meta"),
-    ):
-        assert {x.device.type for x in cell.init_hidden(3, named)} == {device}
+def test_a_cell_is_made_and_its_states_start_on_the_device_named(cell_class: Any) -> None:
+    cell = cell_class(5, 8, layer_norm=True, device="meta")
+    assert {parameter.device.type for parameter in cell.parameters()} == {"meta"}
+    for starting, named, device in ((cell, None, "meta"), (cell, "cpu", "cpu"), (cell_class(5, 8), "meta", "meta")):
+        assert {x.device.type for x in starting.init_hidden(3, named)} == {device}
 
 
 @MODULES
