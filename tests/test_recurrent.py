@@ -206,6 +206,9 @@ def test_dropout_acts_between_layers_in_training_only(module: Any) -> None:
 def test_fresh_weights_are_those_of_nn_lstm_and_forget_gates_are_nearly_open(cell_class: Any) -> None:
     cell = cell_class(40, 64, num_heads=4, layer_norm=True)
     before = {name: parameter.clone() for name, parameter in cell.named_parameters()}
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.fill_(7.0)  # as if trained
     cell.reset_parameters()
     for name, parameter in cell.named_parameters():
         if name.endswith("bias") or name == "norm.weight":
@@ -238,6 +241,15 @@ def test_states_of_a_bfloat16_module_are_float32_and_start_at_zero(module: Any) 
     assert outputs.dtype == torch.bfloat16
     assert {s.dtype for s in state} == {torch.float32}
     assert_identical(outputs, rnn(x)[0])
+
+
+@MODULES
+def test_under_autocast_inputs_may_have_its_precision(module: Any) -> None:
+    rnn, x = module(5, 8), frames().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        (outputs, state), (wide, _) = rnn(x), rnn(x.float())
+    assert {s.dtype for s in state} == {torch.float32}
+    assert_identical(outputs.to(wide.dtype), wide)
 
 
 @CELLS
