@@ -167,6 +167,24 @@ def test_what_stands_at_a_value_that_was_not_observed_is_not_read() -> None:
 
 
 @HEADS
+def test_the_loss_is_the_mean_over_observed_values_be_it_one(head: str) -> None:
+    model, past, future = forecaster(head), series(), series(2, 4)
+    seen = torch.zeros(3, 2, 4)
+    seen[0, 0, 0] = seen[1, 1, 0] = 1
+    seen[2] = seen[0] + seen[1]
+    first, second, both = (model(past, future_values=future, future_observed_mask=mask).loss for mask in seen)
+    assert_same(both, (first + second) / 2)
+
+
+def test_the_model_is_told_where_there_are_covariates() -> None:
+    model, past, frames = forecaster(num_past_covariates=2), series(), []
+    model.model.register_forward_pre_hook(lambda _, __, named: frames.append(named["input_features"]), with_kwargs=True)
+    model(past, past_covariates=torch.randn(2, 9, 2, dtype=torch.float64), future_values=series(2, 4))
+    told = [1.0] * 9 + [0.0] * 3
+    assert frames[0][..., -1].tolist() == [told] * 2
+
+
+@HEADS
 def test_samples_follow_the_predicted_distribution_and_go_on_from_their_own_draws(head: str) -> None:
     model, past = forecaster(head), series(1)
     torch.manual_seed(1)
@@ -196,7 +214,8 @@ def test_samples_follow_the_predicted_distribution_and_go_on_from_their_own_draw
         ({"context_length": 8}, {}, "may hold 8 times"),
         ({}, {"future_values": torch.zeros(2, 3)}, r"`future_values` must be \[2, 4, ...\]"),
         ({}, {"past_covariates": torch.zeros(2, 9, 1)}, "`past_covariates` must be None"),
-        ({"num_past_covariates": 2}, {}, r"`past_covariates` must be \[2, 9, 2\]"),
+        ({"num_past_covariates": 2}, {}, r"`past_covariates` must be \[2, 9, 2\] .*; got None"),
+        ({"num_past_covariates": 2}, {"past_covariates": torch.zeros(2, 9, 1)}, r"got \(2, 9, 1\)"),
         ({}, {"past_observed_mask": torch.ones(2, 8)}, "`past_values` and its mask"),
         ({}, {"attention_mask": torch.ones(2, 8)}, r"`attention_mask` must be \[2, 9\]"),
         ({}, {"future_observed_mask": torch.ones(2, 4)}, "`future_observed_mask` needs `future_values`"),

@@ -7,13 +7,14 @@ under the library's own names, inputs, and what the library returned in eval mod
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
 from checkout import ROOT
 from safetensors.torch import load_file
-from tolerances import assert_identical, assert_same
+from tolerances import assert_drawn_with, assert_identical, assert_same
 from torch import Tensor
 
 from modeling_xlstm import MLSTMState, SLSTMState, mLSTM, sLSTM
@@ -78,6 +79,31 @@ def test_the_normalised_gate_is_the_librarys() -> None:
     assert_same(gate, GOLDEN["gate/outputs/0"])
 
 
+def test_dropout_is_by_default_the_librarys() -> None:
+    with_it = {mLSTMCell, mLSTMLayer, PaperMLSTMCell}
+    for module in (*with_it, mLSTMNetwork, sLSTMCell, sLSTMLayer, sLSTMNetwork, PaperSLSTMCell):
+        assert signature(module).parameters["dropout"].default == (0.2 if module in with_it else 0.0)
+
+
+def test_an_slstm_cell_starts_uniform_in_all_parameters_as_the_librarys() -> None:
+    for name, parameter in sLSTMCell(64, 64).named_parameters():
+        assert parameter.abs().max() <= 64**-0.5, name
+        assert_drawn_with(parameter, 0.0, 64**-0.5 / 3**0.5)
+
+
+def test_an_slstm_layer_projects_inputs_of_another_width_only() -> None:
+    for width, projected in ((3, True), (4, False)):
+        layer = sLSTMLayer(width, 4, 2)
+        assert ("input_projection.weight" in layer.state_dict()) == projected
+        assert layer(torch.randn(5, 2, width))[0].shape == (5, 2, 4)
+
+
+def test_an_slstm_layer_returns_states_without_their_graph() -> None:
+    outputs, states = sLSTMLayer(3, 4, 2)(torch.randn(5, 2, 3))
+    assert outputs.requires_grad
+    assert not any(x.requires_grad for x in tensors(states))
+
+
 @pytest.mark.parametrize(
     ("network", "cell_class"),
     [
@@ -117,8 +143,14 @@ def test_a_state_in_part_and_wrong_shapes_are_named() -> None:
     h, c, _ = layer.init_hidden(2)
     with pytest.raises(ValueError, match=r"\['n'\] missing"):
         layer(x, h, c)
-    with pytest.raises(ValueError, match=r"`c_prev` must be \[B, 4\]"):
-        sLSTMCell(3, 4)(x[0], torch.zeros(2, 4), torch.zeros(2, 5))
+    right, wrong = torch.zeros(2, 4), torch.zeros(2, 5)
+    for cell in (mLSTMCell(3, 4), sLSTMCell(3, 4)):
+        names = [name for name in signature(cell.forward).parameters if name != "x"]
+        with pytest.raises(ValueError, match=r"`x` must be \[B, 3\]"):
+            cell(right, *[right] * len(names))
+        for i, name in enumerate(names):
+            with pytest.raises(ValueError, match=rf"`{name}` must be \[B, 4\]"):
+                cell(x[0], *[wrong if i == j else right for j in range(len(names))])
 
 
 @pytest.mark.parametrize(("module", "state_class"), [(mLSTM, MLSTMState), (sLSTM, SLSTMState)])

@@ -205,6 +205,7 @@ def test_no_more_requests_run_than_there_are_slots() -> None:
         ({"prompt": []}, "`prompt` must hold at least one"),
         ({"prompt": [1], "max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
         ({"prompt": [1], "top_p": 0.0}, "`top_p` must be in"),
+        ({"prompt": [1], "top_p": 1.5}, "`top_p` must be in"),
         ({"prompt": [1], "temperature": -1.0}, "must not be negative"),
         ({"prompt": [1], "stop": [[]]}, "`stop` must hold sequences"),
         ({"prompt": [1], "stop": [5]}, "`stop` must hold sequences of token ids, integers; got 5"),
