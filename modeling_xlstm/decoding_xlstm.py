@@ -327,9 +327,16 @@ class XLSTMGenerationMixin(Generation):  # type: ignore[misc]
         if not hasattr(cache, "stop_recording_"):
             return super()._assisted_decoding(*rest, **kwargs)  # which says what is wrong with it
         held, recording = _columns_held(input_ids, inputs_embeds, generation_config, kwargs), cache.recording
+        # Transformers cuts and extends a mask from its first column, as if that were the first of the ids.
         mask = kwargs.get("attention_mask")
-        if mask is not None and not held and inputs_embeds is None:
-            # Transformers cuts and extends a mask from its first column, as if that were the first of the ids.
+        if mask is not None and inputs_embeds is not None:
+            if not mask.all():
+                raise ValueError(
+                    "Prompt lookup cannot go on from `inputs_embeds` with padding; got an `attention_mask` with zeros. "
+                    "Leave the padded columns out, or pass `input_ids`."
+                )
+            del kwargs["attention_mask"]
+        elif mask is not None and not held:
             kwargs["attention_mask"] = mask[:, -input_ids.shape[1] :]
         cache.held_of_prompt, blocks = held, self.config.num_hidden_layers
         try:

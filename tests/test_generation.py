@@ -146,7 +146,7 @@ def test_drafts_from_a_given_cache_give_the_greedy_output(style: str, draft: str
     """Whether the whole text is given or the new tokens only, and whatever padding the cache has seen."""
     model, ids = tiny_model(XLSTMForCausalLM, style), tokens(1, 9)
     expected, options = greedy(model, ids), drafting(draft, style)
-    padded, mask = torch.cat([torch.zeros(1, 2, dtype=torch.long), ids], 1), torch.tensor([[0, 0] + [1] * 9])
+    padded, mask = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], 1), torch.tensor([[0] * 5 + [1] * 9])
     for text, real in ((ids, torch.ones_like(ids)), (padded, mask)):
         seen = text.shape[1] - 3
         for given in (text, text[:, seen:]):
@@ -196,6 +196,16 @@ def test_embeddings_can_be_the_prompt(style: str) -> None:
     embeds = model.get_input_embeddings()(ids)
     out = decode(model, inputs_embeds=embeds, attention_mask=mask)
     assert torch.equal(out, decode(model, ids, attention_mask=mask)[:, 6:])
+
+
+def test_prompt_lookup_goes_on_from_embeddings() -> None:
+    """They leave no ids to look a draft up in, until some have been written."""
+    model, ids = tiny_model(XLSTMForCausalLM), tokens(1, 5)
+    options = {"inputs_embeds": model.get_input_embeddings()(ids).detach(), "prompt_lookup_num_tokens": 3}
+    for mask in (None, torch.ones(1, 5, dtype=torch.long)):
+        assert torch.equal(decode(model, attention_mask=mask, **options), greedy(model, ids)[:, 5:])
+    with pytest.raises(ValueError, match=r"cannot go on from `inputs_embeds` with padding"):
+        decode(model, attention_mask=torch.tensor([[0, 0, 1, 1, 1]]), **options)
 
 
 @every_style
